@@ -1,0 +1,247 @@
+"""The native core: what Python calls. One Rust file under native/src/py/ for each group.
+
+Every function that works on data releases the GIL and uses `threads` worker
+threads. Numbers of blocks and offsets are absolute within the image.
+"""
+
+from collections.abc import Sequence
+
+__version__: str
+DEBUG_BUILD: bool
+
+# Types of a slot of the block map (docs/design/repository-format.md, section 6).
+ZERO: int
+UNUSED: int
+UNREADABLE: int
+DATA: int
+
+class ReadError(OSError):
+    """A source or a pack could not be read. args: (errno, message, offset)."""
+
+class WriteError(OSError):
+    """A pack or a target could not be written. args: (errno, message, offset)."""
+
+class DamagedError(ValueError):
+    """Repository bytes are not what was stored. args: (message,)."""
+
+# --- digests -----------------------------------------------------------------
+
+def blake3(data: bytes, key: bytes | None = None) -> bytes: ...
+def blake3_derive(context: str, data: bytes) -> bytes: ...
+def xxh3(data: bytes) -> int: ...
+
+# --- names and keys ------------------------------------------------------------
+
+class Names:
+    """Pack names as small numbers, for one process. Thread-safe."""
+
+    def intern(self, name: bytes) -> int: ...
+    def reserve(self) -> int:
+        """A number for a pack that is being written; `resolve` gives its name."""
+    def resolve(self, number: int, name: bytes) -> None: ...
+    def name(self, number: int) -> bytes | None: ...
+    def set_present(self, names: Sequence[bytes]) -> None:
+        """What the storage's listing shows; packs outside it count as absent from now on."""
+    def is_present(self, number: int) -> bool: ...
+
+class Vault:
+    """What is needed to make and open records of one repository."""
+
+    def __init__(self, repository: bytes, id_key: bytes) -> None: ...
+    def add_key(self, cipher: int, key: bytes) -> int:
+        """Add a session key; returns its handle. cipher: 1 AES-256-GCM, 2 ChaCha20-Poly1305."""
+    def block_id(self, content: bytes) -> bytes: ...
+    def open_page(self, record: bytes, keys: Sequence[int], names: Names, holder: int) -> tuple[int, int, Slots]:
+        """Decode a map page record that lies in pack `holder`: (level, first block, slots).
+
+        `keys`: handles by envelope number. Raises DamagedError."""
+
+def aes_is_fast() -> bool: ...
+
+# --- slots: pieces of a block map ---------------------------------------------
+
+class Slots:
+    """Slots of consecutive blocks (level 0) or pages: type and, for data, id and place."""
+
+    def __init__(self, count: int, kind: int = 0) -> None: ...
+    def __len__(self) -> int: ...
+    def __eq__(self, other: object) -> bool:
+        """Same types and ids; places may differ."""
+    def uniform(self) -> int | None:
+        """The type, if all slots have the same one and it is not DATA."""
+    def slice(self, start: int, end: int) -> Slots: ...
+    def copy(self) -> Slots: ...
+    def put(self, at: int, other: Slots) -> None:
+        """Overwrite from `at` on."""
+    def fill(self, start: int, end: int, kind: int) -> None: ...
+    def extend(self, other: Slots) -> None: ...
+    def resize(self, count: int, kind: int) -> None: ...
+    def set_data(self, at: int, id: bytes, pack: int, offset: int, length: int) -> None: ...
+    def get(self, at: int) -> tuple[int, bytes, int, int, int]:
+        """(type, id, pack number, offset, length)."""
+    def runs(self) -> list[tuple[int, int, int]]:
+        """(type, start, end) of each maximal run of one type."""
+    def counts(self) -> tuple[int, int, int, int]:
+        """How many slots are zero, unused, unreadable, data."""
+    def absent(self, names: Names) -> int:
+        """Turn data slots whose pack is not present into... see `drop_absent`: returns how many there are."""
+    def drop_absent(self, names: Names) -> int:
+        """Forget the ids of data slots whose pack the storage lacks, so that they compare as changed."""
+    def packs(self) -> list[int]:
+        """Numbers of the packs referred to, each once."""
+
+def diff_slots(a: Slots, b: Slots) -> list[tuple[int, int]]:
+    """Ranges [start, end) of slots whose content differs; lengths must be equal."""
+
+# --- packs ----------------------------------------------------------------------
+
+def pack_envelopes(header: bytes, repository: bytes) -> list[bytes]:
+    """Parse a pack's first bytes (72 + 104 n, at most 72 + 104*1024): its envelopes. Raises DamagedError."""
+
+class PackWriter:
+    """A pack being written to a file descriptor that is its own, from offset 0."""
+
+    def __init__(self, vault: Vault, fd: int, *, kind: int, session: bytes, sequence: int,
+                 envelope: bytes | None, key: int | None, number: int) -> None: ...
+    number: int
+    size: int
+    records: int
+    def add_page(self, level: int, first: int, slots: Slots, names: Names) -> Slots:
+        """Append a map page; returns its slot (one, DATA). Raises ValueError where a pack has no name yet."""
+    def finish(self) -> tuple[bytes, int]:
+        """Write trailer and footer: (name, size). The caller makes the file durable."""
+
+class PackReport:
+    ok: bool
+    problem: str | None
+    records: int
+    damaged: list[tuple[bytes, int, int]]
+    """(id, offset, length) of each damaged record, where trailer and name are whole."""
+
+def check_pack(fd: int, name: bytes, repository: bytes, threads: int = 0) -> PackReport:
+    """Check a whole pack without any key: name, header, trailer, every payload's digest."""
+
+def pack_records(fd: int, name: bytes | None, repository: bytes) -> list[tuple[int, bytes, int, int]]:
+    """(kind, id, offset, length) of each record, from the trailer. Raises DamagedError."""
+
+# --- what is stored already --------------------------------------------------------
+
+class Known:
+    """Where blocks are: this session's own, and index segments. Thread-safe."""
+
+    def __init__(self, names: Names) -> None: ...
+    def load(self, fd: int, repository: bytes) -> int:
+        """Map a segment into memory; returns its number of entries. Raises DamagedError. The fd may be closed after."""
+    def add_pack(self, number: int, records: Sequence[tuple[int, bytes, int, int]]) -> None: ...
+    def find(self, id: bytes) -> tuple[int, int, int] | None:
+        """(pack number, offset, length)."""
+    pending: int
+    """Entries that no segment holds yet."""
+    damaged_pages: int
+    def segment(self, repository: bytes) -> bytes | None:
+        """All pending entries as an index segment's bytes (every pack must have its name); forgets them.
+
+        The caller stores the segment under B3("imager index v1" + bytes) and loads it."""
+
+# --- work ------------------------------------------------------------------------------
+
+class Scan:
+    """What `scan` found."""
+
+    slots: Slots
+    read: int
+    "bytes read"
+    zero: int
+    "blocks found to be zero"
+    changed: int
+    "blocks that differ from base (all, where there is no base)"
+    new: int
+    "blocks stored"
+    shared: int
+    "changed blocks whose content the repository had"
+    stored: int
+    "bytes appended to the pack"
+    unreadable: list[tuple[int, int]]
+    "(start, length) in bytes"
+    differing: list[tuple[int, int]]
+    "ranges [start, end) of absolute block numbers that differ from base"
+
+def scan(
+    vault: Vault,
+    source: int | bytes | bytearray | memoryview,
+    ranges: Sequence[tuple[int, int]],
+    *,
+    image_size: int,
+    block_size: int,
+    base: Slots | None,
+    pack: PackWriter | None,
+    known: Known | None,
+    names: Names,
+    codec: int = 1,
+    level: int = 1,
+    threads: int = 0,
+    direct: bool = False,
+    source_offset: int = 0,
+    skip_errors: bool = False,
+    sector: int = 512,
+) -> Scan:
+    """Read the blocks of `ranges` ([start, end) block numbers), compare, and store what is new.
+
+    `base` has the slots of exactly these blocks, in order. With `pack` None nothing
+    is stored: a comparison with `base`. A buffer as source starts at byte `source_offset` of the image.
+    Raises ReadError (source), WriteError (pack)."""
+
+class Gather:
+    """Records to fetch, and the blocks that each of them fills."""
+
+    def __init__(self) -> None: ...
+    def add(self, first: int, slots: Slots) -> None: ...
+    def add_ranges(self, first: int, slots: Slots, ranges: Sequence[tuple[int, int]]) -> None:
+        """Only the slots whose block numbers lie in `ranges`."""
+    def sort(self) -> None:
+        """Into pack order; records wanted several times become one. Call once, after the last add."""
+    def __len__(self) -> int:
+        """Number of records (after sort)."""
+    blocks: int
+    stored: int
+    "bytes of all records"
+    def slice_end(self, start: int, max_bytes: int) -> int: ...
+    def packs(self, start: int, end: int) -> list[int]: ...
+
+class Failure:
+    pack: int
+    offset: int
+    id: bytes
+    blocks: list[int]
+    reason: str
+
+def fetch(
+    vault: Vault,
+    packs: dict[int, tuple[int, Sequence[int]]],
+    gather: Gather,
+    start: int,
+    end: int,
+    *,
+    image_size: int,
+    block_size: int,
+    target: int | None = None,
+    direct: bool = False,
+    threads: int = 0,
+) -> tuple[int, list[Failure]]:
+    """Read, decrypt, decode and check records [start, end); write them to `target` where given.
+
+    `packs`: number -> (fd, key handles by envelope number). Returns (bytes of image done,
+    failures). A block that fails its check is never written. Raises WriteError (target)."""
+
+def read_blocks(
+    vault: Vault, packs: dict[int, tuple[int, Sequence[int]]], gather: Gather, *, image_size: int, block_size: int,
+) -> list[tuple[int, bytes]]:
+    """The contents of a few records: (block number, bytes). Raises DamagedError."""
+
+def compare_files(
+    a: int, b: int, start: int, end: int, *, grain: int = 4096, threads: int = 0, direct: bool = False
+) -> list[tuple[int, int]]:
+    """Extents [start, end) in bytes, in units of `grain`, where two files or devices differ."""
+
+def is_zero(fd: int, start: int, end: int, *, direct: bool = False, threads: int = 0) -> list[tuple[int, int]]:
+    """Extents [start, end) of 4 KiB pages within the range that are not all zero."""
