@@ -8,7 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 LOOP_CLR_FD = 0x4C01
 LOOP_SET_STATUS64 = 0x4C04
@@ -37,7 +37,7 @@ class LoopInfo:
     offset: int
     sizelimit: int
     flags: int
-    raw: bytes
+    raw: bytes = field(repr=False)
 
     @property
     def file(self) -> tuple[int, int]:

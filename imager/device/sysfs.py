@@ -41,6 +41,7 @@ class Node:
     wwn: str | None
     model: str | None
     transport: str | None
+    lun: int  # tells the slots of one card reader apart: they share a serial
     backing: str | None  # a loop device's file, as the kernel names it
     backing_offset: int
     stack_name: str | None  # device-mapper's name
@@ -131,6 +132,7 @@ def read_node(name: str, sys: str = SYS) -> Node | None:
         wwn=text(disk, "wwid") or text(disk, "device/wwid"),
         model=_model(disk),
         transport=_transport(disk),
+        lun=_lun(disk),
         backing=backing if part is None else None,
         backing_offset=number(disk, "loop/offset") or 0,
         stack_name=text(base, "dm/name"),
@@ -183,6 +185,11 @@ def _model(disk: str) -> str | None:
     if model and vendor and not vendor.startswith("0x") and vendor not in ("ATA", model):
         return f"{vendor} {model}"
     return model
+
+
+def _lun(disk: str) -> int:
+    address = os.path.basename(os.path.realpath(os.path.join(disk, "device"))).split(":")
+    return int(address[3]) if len(address) == 4 and address[3].isdigit() else 0
 
 
 def _transport(disk: str) -> str | None:
