@@ -157,7 +157,7 @@ def _try_free(name: str, backing: int, sector: int, offset: int, limit: int, fla
     mode = os.O_RDONLY if flags & loop_ioctl.READ_ONLY else os.O_RDWR
     fd = os.open(device, mode | os.O_CLOEXEC)
     try:
-        loop_ioctl.configure(fd, backing, sector_size=sector, offset=offset, sizelimit=limit, flags=flags, name=name)
+        loop_ioctl.configure(fd, backing, sector, loop_ioctl.info(offset, limit, flags, name))
         return LoopDevice(f"loop{index}", name, fd, loop_ioctl.status(fd))
     except OSError as error:
         os.close(fd)

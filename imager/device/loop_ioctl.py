@@ -66,10 +66,14 @@ def read_status(path: str) -> LoopInfo | None:
         os.close(fd)
 
 
-def configure(fd: int, backing: int, *, sector_size: int, offset: int, sizelimit: int, flags: int, name: str) -> None:
+def info(offset: int, sizelimit: int, flags: int, name: str) -> bytes:
+    """A `loop_info64` to configure a device with."""
+    return _INFO.pack(0, 0, 0, offset, sizelimit, 0, 0, 0, flags, os.fsencode(name)[:63], b"", b"")
+
+
+def configure(fd: int, backing: int, sector_size: int, details: bytes) -> None:
     """Attach `backing` to the loop device `fd` in one step. `OSError` (EBUSY) where it is taken."""
-    info = _INFO.pack(0, 0, 0, offset, sizelimit, 0, 0, 0, flags, os.fsencode(name)[:63], b"", b"")
-    fcntl.ioctl(fd, LOOP_CONFIGURE, _CONFIG.pack(backing, sector_size) + info + bytes(64))
+    fcntl.ioctl(fd, LOOP_CONFIGURE, _CONFIG.pack(backing, sector_size) + details + bytes(64))
 
 
 def set_flags(fd: int, flags: int) -> None:

@@ -6,6 +6,7 @@ cannot be had (no permission, no tool, unreadable) is an empty `Content`.
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +30,8 @@ def parse_export(output: str) -> Content:
     """The lines of `blkid -o export`."""
     fields = dict(line.split("=", 1) for line in output.splitlines() if "=" in line)
     fields = {key: _unquote(value) for key, value in fields.items()}
-    return Content(
-        fields.get("TYPE"), fields.get("LABEL"), fields.get("UUID"), None if "TYPE" in fields else fields.get("PTTYPE")
-    )
+    table = None if "TYPE" in fields else fields.get("PTTYPE")
+    return Content(fields.get("TYPE"), fields.get("LABEL"), fields.get("UUID"), table)
 
 
 def _unquote(value: str) -> str:
@@ -61,10 +61,8 @@ class Prober:
     def __init__(self) -> None:
         self._context: Any = None
         try:
-            import pyudev
-
-            self._pyudev = pyudev
-            self._context = pyudev.Context()
+            self._pyudev: Any = importlib.import_module("pyudev")  # it has no types
+            self._context = self._pyudev.Context()
         except (ImportError, OSError):
             pass
 
