@@ -1,0 +1,5 @@
+"""`python -m imager` is the command `imager`."""
+
+from imager.cli.main import main
+
+main()

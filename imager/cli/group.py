@@ -1,0 +1,123 @@
+"""The group of verbs, loaded one at a time, and the options that all of them share.
+
+Invariant: a global option means the same before and after the verb; where it
+stands in both places, or in the environment too, the one nearest to the verb
+counts. A verb's module is imported only when that verb is asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from imager.cli.shell import PROGRESS_MODES, Settings, Shell
+
+
+def _keep(context: click.Context, option: click.Parameter, value: object) -> None:
+    """Remember a global option, unless nobody gave it."""
+    assert option.name is not None
+    if context.get_parameter_source(option.name) not in (None, ParameterSource.DEFAULT):
+        settings: Settings = context.find_root().obj
+        setattr(settings, option.name, value)
+
+
+def _global_options(*, environment: bool) -> list[click.Option]:
+    """The options of every verb. Only those before the verb look into the environment:
+    so an option given before the verb is stronger than the environment."""
+
+    def option(*names: str, **more: Any) -> click.Option:
+        return click.Option(names, expose_value=False, callback=_keep, allow_from_autoenv=environment, **more)
+
+    return [
+        option("-r", "--repo", metavar="REPO", help="The repository: a folder."),
+        option(
+            "--passphrase-file",
+            metavar="FILE",
+            help="Take the passphrase from the first line of FILE.",
+        ),
+        option(
+            "--passphrase-command",
+            metavar="COMMAND",
+            help="Take the passphrase from the first line that COMMAND prints.",
+        ),
+        option("--keyfile", metavar="FILE", help="Open the repository with the key in FILE."),
+        option("--json", is_flag=True, default=None, help="Print JSON, for programs."),
+        option(
+            "--progress",
+            type=click.Choice(PROGRESS_MODES),
+            metavar="MODE",
+            help=f"How to show progress: {', '.join(PROGRESS_MODES)}.",
+        ),
+        option("-v", "--verbose", count=True, help="Say more: each phase of the work, with its rate."),
+        option("-q", "--quiet", is_flag=True, default=None, help="Say nothing but results and errors."),
+    ]
+
+
+class Verb(click.Command):
+    """A command that takes the global options as well, and lists them apart."""
+
+    def __init__(self, name: str, **more: Any) -> None:
+        super().__init__(name, **more)
+        self._own = list(self.params)
+        self.params.extend(_global_options(environment=False))
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        common = self.params[len(self._own) :]
+        own = [p for p in self.get_params(ctx) if p not in common and not isinstance(p, click.Argument)]
+        for title, parameters in (("Options", own), ("Options of every verb", common)):
+            records = [r for r in (p.get_help_record(ctx) for p in parameters) if r is not None]
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
+def verb(name: str, **more: Any) -> Callable[[Callable[..., int | None]], click.Command]:
+    """Make a function a verb: its first argument is the `Shell`, its result the exit code (None: 0)."""
+
+    def decorate(function: Callable[..., int | None]) -> click.Command:
+        def run(**options: object) -> int | None:
+            settings: Settings = click.get_current_context().find_root().obj
+            return function(Shell(settings), **options)
+
+        run.__doc__ = function.__doc__
+        run.__click_params__ = getattr(function, "__click_params__", [])  # type: ignore[attr-defined]
+        return click.command(
+            name, cls=Verb, context_settings={"help_option_names": ["-h", "--help"]}, **more
+        )(run)
+
+    return decorate
+
+
+class LazyGroup(click.Group):
+    """Verbs by name; `modules` says where each one's `command` is."""
+
+    def __init__(self, *, modules: dict[str, str], **more: Any) -> None:
+        super().__init__(**more)
+        self._modules = modules
+        self.params.extend(_global_options(environment=True))
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self._modules)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        module = self._modules.get(cmd_name)
+        if module is None:
+            return None
+        command: click.Command = import_module(module).command
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name in self._modules or ctx.resilient_parsing or name.startswith("-"):
+            return super().resolve_command(ctx, args)
+        near: Sequence[str] = difflib.get_close_matches(name, self._modules, n=2)
+        raise click.UsageError(
+            f"there is no verb {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""), ctx
+        )

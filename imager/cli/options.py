@@ -1,0 +1,49 @@
+"""Types of arguments that several verbs take.
+
+Invariant: a value that cannot be read ends in a usage error that shows how
+to write it, before anything is opened.
+"""
+
+from __future__ import annotations
+
+import click
+
+from imager.errors import UsageError
+
+
+class Size(click.ParamType[int]):
+    """`64K`, `1.5GiB`, `4096`: bytes."""
+
+    name = "size"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from imager.units import parse_size
+
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_size(str(value))
+        except UsageError as error:
+            self.fail(f"{error.message}: {error.hint}", param, ctx)
+
+
+class Codec(click.ParamType[str]):
+    """`lz4`, `zstd`, `zstd:7` or `none`."""
+
+    name = "codec"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = str(value)
+        name, colon, level = text.partition(":")
+        fits = name in ("lz4", "none") and not colon
+        fits = fits or (name == "zstd" and (not colon or (level.isdecimal() and 1 <= int(level) <= 19)))
+        if not fits:
+            self.fail(
+                f"not a compression: {text!r}: write lz4, zstd, zstd:LEVEL (1 to 19) or none", param, ctx
+            )
+        return text
+
+
+SIZE = Size()
+CODEC = Codec()
+THREADS = click.IntRange(0, 1024)

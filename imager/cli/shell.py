@@ -1,0 +1,111 @@
+"""What every verb is handed: the global settings, and the ways out of the program.
+
+Invariant: standard output carries results only: text for a person, or JSON
+where `--json` was given. Everything else goes to standard error. (A long job
+with `--json` is a stream of JSON Lines on standard output; its last line is
+the summary.)
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from imager.errors import UsageError
+
+if TYPE_CHECKING:
+    from imager.cli.reporters import TerminalReporter
+    from imager.repository.credentials import Credentials
+    from imager.repository.repository import Repository
+
+PROGRESS_MODES = ("auto", "plain", "json", "none")
+
+
+@dataclass(slots=True)
+class Settings:
+    """The global options, as they stood before and after the verb and in the environment."""
+
+    repo: str | None = None
+    passphrase_file: str | None = None
+    passphrase_command: str | None = None
+    keyfile: str | None = None
+    json: bool = False
+    progress: str = "auto"
+    verbose: int = 0
+    quiet: bool = False
+
+
+class Shell:
+    """The way from a verb to its user, and to the repository that the user named."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.json = settings.json
+
+    # --- what comes out ------------------------------------------------------
+
+    def print(self, text: str = "") -> None:
+        """A line of the result. Call it only where `json` is false."""
+        sys.stdout.write(text + "\n")
+
+    def document(self, value: object) -> None:
+        """The result of a query as one JSON document."""
+        sys.stdout.write(encode(value) + "\n")
+        sys.stdout.flush()
+
+    def message(self, message_type: str, value: object) -> None:
+        """A line of the JSON stream of a long job."""
+        import msgspec
+
+        fields: Mapping[str, Any] = msgspec.to_builtins(value)
+        self.document({"message_type": message_type, **fields})
+
+    def reporter(self, *, long_job: bool = True) -> TerminalReporter:
+        """The reporter that the settings ask for. `long_job`: with `--json`, events join the stream."""
+        from imager.cli import reporters
+
+        return reporters.choose(self.settings, sys.stdout if self.json and long_job else sys.stderr)
+
+    # --- the repository ------------------------------------------------------
+
+    def repository_name(self) -> str:
+        """What `-r` says. Raises `UsageError`."""
+        if not self.settings.repo:
+            raise UsageError(
+                "no repository was named", hint="name it with -r REPO, or in the environment with IMAGER_REPO"
+            )
+        return self.settings.repo
+
+    def credentials(self) -> Credentials:
+        """Where the passphrase or key comes from."""
+        from imager.repository.credentials import Credentials
+
+        return Credentials.find(
+            passphrase_file=self.settings.passphrase_file,
+            passphrase_command=self.settings.passphrase_command,
+            keyfile=self.settings.keyfile,
+        )
+
+    def repository(self) -> Repository:
+        """Open the repository. Raises `NoRepository`, `WrongKey`, `UsageError`."""
+        from imager.repository.repository import Repository
+        from imager.storage.open import open_storage
+
+        return Repository.open(open_storage(self.repository_name()), self.credentials())
+
+
+def encode(value: object) -> str:
+    """Compact JSON. Bytes become hexadecimal digits, as everywhere in the tool."""
+    import msgspec
+
+    return msgspec.json.encode(value, enc_hook=_plain).decode()
+
+
+def _plain(value: object) -> object:
+    from imager.extents import Extents
+
+    if isinstance(value, Extents):
+        return [[start, end - start] for start, end in value]
+    raise TypeError(f"{type(value).__name__} has no JSON form")
