@@ -1,0 +1,155 @@
+"""What a tool of the benchmark is, and imager as one: classes that know only command lines.
+
+Invariant: every tool gets the same image at the same path, works in an empty folder of its own in the
+same storage, encrypts if it can, and is told to use what makes it fastest for the job: holes skipped
+where it can skip them, no cache of file times, no progress output.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+
+import measure
+
+JOBS = ("full", "restore", "verify", "same", "changed")
+"""In the order they run: `same` and `changed` are backups of an unchanged and a changed source."""
+
+PASSPHRASE = "correct horse battery staple"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tool works: its own folder, the image it reads, and the ext4 partition cut out of that."""
+
+    folder: Path
+    image: Path
+    partition: Path
+    changed_map: Path
+
+
+class Tool(ABC):
+    """One tool: the command for each job that it can do."""
+
+    name: str
+    program: str
+    jobs: tuple[str, ...] = JOBS
+    says: str = ""
+    partition_only = False
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.store = place.folder / "store"
+        self.target = place.folder / "target"
+
+    @classmethod
+    def installed(cls) -> bool:
+        """Whether the program is there."""
+        return shutil.which(cls.program) is not None
+
+    @classmethod
+    def version(cls) -> str:
+        """Its own word for its version."""
+        done = subprocess.run([cls.program, "--version"], check=False, capture_output=True, text=True)
+        return (done.stdout + done.stderr).strip().splitlines()[0].strip("* ")
+
+    @property
+    def env(self) -> dict[str, str]:
+        """What to add to the environment."""
+        return {}
+
+    @property
+    def cwd(self) -> Path:
+        """Where to run it."""
+        return self.place.folder
+
+    @property
+    def restored(self) -> Path:
+        """The file that a restore makes."""
+        return self.target
+
+    def prepare(self) -> None:
+        """Make the empty repository, not timed; most tools need none."""
+        return
+
+    @abstractmethod
+    def command(self, job: str) -> list[str]:
+        """The command line of a job."""
+
+    def stored(self) -> int:
+        """How many bytes are kept."""
+        return measure.tree_bytes(self.store)
+
+
+class Imager(Tool):
+    """This project: encrypted with a passphrase, lz4, 64 KiB, restore with read-back."""
+
+    name = "imager"
+    program = "imager"
+    says = "passphrase, lz4, 64 KiB; restore reads back"
+
+    @classmethod
+    def base_command(cls) -> list[str]:
+        """The command beside this interpreter, else the one in the path."""
+        given = os.environ.get("IMAGER_BENCH_COMMAND")
+        if given:
+            return given.split()
+        beside = Path(sys.executable).parent / "imager"
+        return [str(beside)] if beside.exists() else [shutil.which("imager") or "imager"]
+
+    @classmethod
+    def installed(cls) -> bool:
+        """Whether it runs."""
+        try:
+            return (
+                subprocess.run(
+                    [*cls.base_command(), "--version"], check=False, capture_output=True
+                ).returncode
+                == 0
+            )
+        except OSError:
+            return False
+
+    @classmethod
+    def version(cls) -> str:
+        """Its own word for its version."""
+        done = subprocess.run([*cls.base_command(), "--version"], check=False, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    @property
+    def env(self) -> dict[str, str]:
+        """The passphrase."""
+        return {"IMAGER_PASSPHRASE": PASSPHRASE}
+
+    def prepare(self) -> None:
+        """An encrypted repository."""
+        measure.run([*self.base_command(), "init", str(self.store), "--encryption", "passphrase"], self.env)
+
+    def command(self, job: str) -> list[str]:
+        """As the README tells people to do it."""
+        start = [*self.base_command(), "--json", "-r", str(self.store)]
+        backup = [*start, "backup", str(self.place.image), "--name", "disk", "--compression", "lz4"]
+        return {
+            "full": [*backup, "--strategy", "full"],
+            "same": [*backup, "--strategy", "incremental"],
+            "changed": [*backup, "--strategy", "incremental", "--changed", str(self.place.changed_map)],
+            "restore": [*start, "restore", "disk", str(self.target)],
+            "verify": [*start, "verify", "disk"],
+        }[job]
+
+
+def summary(output: str) -> dict[str, object]:
+    """The last line that a job of imager prints with --json."""
+    found: dict[str, object] = {}
+    for line in output.splitlines():
+        if line.startswith("{"):
+            message = json.loads(line)
+            if isinstance(message, dict) and message.get("message_type") == "summary":
+                found = message
+    return found
