@@ -11,13 +11,19 @@ import os
 
 from imager.errors import StorageError
 
-__all__ = ["AlreadyExists", "NotFound", "StorageError", "refusal"]
+__all__ = ["AlreadyExists", "Gone", "NotFound", "StorageError", "refusal"]
 
 
 class NotFound(StorageError):
     """There is no object of this name."""
 
     kind = "not-found"
+
+
+class Gone(StorageError):
+    """The storage itself is not there: a folder removed, a disk unmounted."""
+
+    kind = "gone"
 
 
 class AlreadyExists(StorageError):
@@ -43,7 +49,7 @@ def refusal(error: OSError, doing: str, root: str) -> StorageError:
     hint = _HINTS.get(error.errno or 0)
     reason = os.strerror(error.errno) if error.errno else str(error)
     if error.errno in (errno.ENOENT, errno.ENOTDIR) and not os.path.exists(f"{root}/config"):
-        return StorageError(
+        return Gone(
             f"{doing} failed: there is no repository in {root} any more",
             hint="mount its disk again, or check the path",
         )

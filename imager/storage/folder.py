@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 from imager.errors import Locked
 from imager.storage.base import Entry
-from imager.storage.errors import NotFound, refusal
+from imager.storage.errors import Gone, NotFound, refusal
 
 FOLDERS = ("slots", "epochs", "sessions", "sets", "packs", "maps", "index", "condemned", "tmp")
 _EXPECTED = {*FOLDERS, "damaged", "config", "lost+found"}
@@ -121,6 +121,10 @@ class FolderStorage:
             self.size(name)
         except NotFound:
             return False
+        except Gone:
+            if name == "config":
+                return False
+            raise
         return True
 
     def list_names(self, prefix: str) -> list[str]:
@@ -129,11 +133,15 @@ class FolderStorage:
         try:
             return self._names(folder)
         except FileNotFoundError as error:
-            if os.path.isdir(self.root):
-                return []
+            if os.path.exists(f"{self.root}/config") or self._unborn():
+                return []  # A copy of the repository may leave empty folders out.
             raise refusal(error, f"listing {folder}", self.root) from error
         except OSError as error:
             raise refusal(error, f"listing {folder}", self.root) from error
+
+    def _unborn(self) -> bool:
+        """Whether a repository is being made here: it has its folders, but no config yet."""
+        return os.path.isdir(f"{self.root}/tmp")
 
     def _names(self, folder: str) -> list[str]:
         path = self._path(folder)
@@ -344,6 +352,8 @@ class FolderStorage:
         """Names in the folder that no repository has. Raises `StorageError`."""
         try:
             return sorted(name for name in os.listdir(self.root) if name not in _EXPECTED)
+        except FileNotFoundError:
+            return []
         except OSError as error:
             raise refusal(error, "listing the repository folder", self.root) from error
 

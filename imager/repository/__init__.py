@@ -1,0 +1,1 @@
+"""What a repository is: keys, packs, maps, image sets, and their upkeep."""

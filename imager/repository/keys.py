@@ -1,0 +1,365 @@
+"""Secrets, the slots that open them, and the envelopes of session keys.
+
+Invariant: a secret is in memory only; none is printed, logged, cached on
+disk or handed to another program. Which part of a key was wrong is never
+told: a slot opens, or it does not.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from imager import _native
+from imager.errors import ImagerError, IntegrityError, UsageError, WrongKey
+from imager.repository.format import (
+    CIPHER_AES,
+    CIPHER_CHACHA,
+    CONTEXT_BODY,
+    CONTEXT_KEYFILE,
+    CONTEXT_SESSION,
+    ENVELOPE,
+    Epoch,
+    Kdf,
+    Slot,
+    canonical,
+    epoch_message,
+    now,
+    parse,
+    shape,
+    unhex,
+)
+
+ARGON2_MEMORY_KIB, ARGON2_PASSES, ARGON2_LANES = 65536, 3, 4
+_MAX_MEMORY_KIB, _MAX_PASSES, _MAX_LANES = 1 << 20, 16, 16
+MIN_KEYFILE, MAX_KEYFILE = 32, 1 << 20
+_ZERO_NONCE = bytes(12)
+_KINDS = ("passphrase", "keyfile", "recovery")
+_ROLES = ("full", "write")
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Secret:
+    """What a person gives to open a repository. kind: passphrase, keyfile or recovery."""
+
+    kind: str
+    value: bytes
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Secrets:
+    """What a repository's records are made and opened with (section 4).
+
+    `epochs` (number -> X25519 private key) is empty for a key that can only
+    write. Without encryption there is nothing but `id_key`.
+    """
+
+    id_key: bytes
+    signing_seed: bytes
+    epochs: dict[int, bytes]
+
+
+def passphrase(text: str) -> Secret:
+    """A passphrase in normal form NFC. Raises `UsageError` for an empty one."""
+    if not text:
+        raise UsageError("the passphrase is empty", hint="an empty passphrase protects nothing")
+    try:
+        return Secret("passphrase", unicodedata.normalize("NFC", text).encode())
+    except UnicodeEncodeError as error:
+        raise UsageError("the passphrase is not valid UTF-8") from error
+
+
+def keyfile(content: bytes) -> Secret:
+    """A keyfile's content. Raises `UsageError` where it is too short or too long."""
+    if not MIN_KEYFILE <= len(content) <= MAX_KEYFILE:
+        raise UsageError(
+            f"a keyfile has {MIN_KEYFILE} bytes to 1 MiB; this one has {len(content)}",
+            hint="name another file, or leave it to init to make one",
+        )
+    return Secret("keyfile", content)
+
+
+def new_secrets() -> Secrets:
+    """Fresh random secrets of a new repository, with key epoch 1."""
+    return Secrets(os.urandom(32), os.urandom(32), {1: os.urandom(32)})
+
+
+# --- signatures ------------------------------------------------------------------
+
+
+def public_key(seed: bytes) -> bytes:
+    """The Ed25519 public key of a signing seed."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    return Ed25519PrivateKey.from_private_bytes(seed).public_key().public_bytes_raw()
+
+
+def sign(seed: bytes, message: bytes) -> bytes:
+    """An Ed25519 signature, 64 bytes."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    return Ed25519PrivateKey.from_private_bytes(seed).sign(message)
+
+
+def is_signed(public: bytes, signature: bytes, message: bytes) -> bool:
+    """Whether the signature is that of the message by the key whose public part is given."""
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+    try:
+        Ed25519PublicKey.from_public_bytes(public).verify(signature, message)
+    except (InvalidSignature, ValueError):
+        return False
+    return True
+
+
+# --- slots -------------------------------------------------------------------------
+
+
+def _slot_data(repository: bytes, slot: bytes, kind: str, role: str) -> bytes:
+    return b"imager slot v1" + repository + slot + kind.encode() + b"\0" + role.encode()
+
+
+def _key_of_slot(kdf: Kdf, secret: Secret, what: str) -> bytes:
+    salt = unhex(kdf.salt, 16, what)
+    if kdf.name == "blake3" and secret.kind != "passphrase":
+        return _native.blake3_derive(CONTEXT_KEYFILE, salt + secret.value)
+    if kdf.name != "argon2id" or secret.kind != "passphrase":
+        raise IntegrityError(f"{what} is damaged: no way to make a key called {kdf.name!r}")
+    if not (
+        8 * kdf.lanes <= kdf.memory_kib <= _MAX_MEMORY_KIB
+        and 1 <= kdf.passes <= _MAX_PASSES
+        and 1 <= kdf.lanes <= _MAX_LANES
+    ):
+        raise IntegrityError(f"{what} is damaged: its costs are out of bounds")
+    from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
+
+    derive = Argon2id(
+        salt=salt, length=32, iterations=kdf.passes, lanes=kdf.lanes, memory_cost=kdf.memory_kib
+    ).derive
+    return derive(secret.value)
+
+
+def new_slot(
+    repository: bytes, secrets: Secrets, secret: Secret, *, role: str = "full", label: str = ""
+) -> tuple[str, bytes]:
+    """A slot that opens `secrets` with `secret`: (slot id, object). role `write` leaves the epochs out."""
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+    slot, salt, nonce = os.urandom(16), os.urandom(16).hex(), os.urandom(12)
+    if secret.kind == "passphrase":
+        kdf = Kdf("argon2id", salt, ARGON2_MEMORY_KIB, ARGON2_PASSES, ARGON2_LANES)
+    else:
+        kdf = Kdf("blake3", salt)
+    epochs = secrets.epochs if role == "full" else {}
+    payload = canonical(
+        {
+            "id_key": secrets.id_key,
+            "signing_seed": secrets.signing_seed,
+            "epochs": {str(number): key for number, key in epochs.items()},
+        }
+    )
+    key = _key_of_slot(kdf, secret, "the new slot")
+    sealed = AESGCM(key).encrypt(nonce, payload, _slot_data(repository, slot, secret.kind, role))
+    body = Slot(
+        slot.hex(), repository.hex(), secret.kind, role, label, now(), kdf, nonce.hex(), sealed.hex()
+    )
+    return slot.hex(), canonical(body)
+
+
+def parse_slot(raw: bytes, name: str, repository: bytes) -> Slot:
+    """The slot of the object `slots/<name>`. Raises `IntegrityError`."""
+    what = f"key slot {name}"
+    slot = shape(parse(raw, what), Slot, what)
+    if slot.slot != name or slot.repository != repository.hex():
+        raise IntegrityError(f"{what} is damaged: it belongs to another name or repository")
+    if slot.kind not in _KINDS or slot.role not in _ROLES:
+        raise IntegrityError(f"{what} is damaged: unknown kind or role")
+    return slot
+
+
+def open_slot(slot: Slot, secret: Secret) -> Secrets | None:
+    """The secrets in a slot; None where `secret` is not that of the slot. Raises `IntegrityError`."""
+    from cryptography.exceptions import InvalidTag
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+    what = f"key slot {slot.slot}"
+    if slot.kind != secret.kind:
+        return None
+    data = _slot_data(unhex(slot.repository, 16, what), unhex(slot.slot, 16, what), slot.kind, slot.role)
+    nonce, sealed = unhex(slot.nonce, 12, what), unhex(slot.sealed, None, what)
+    try:
+        payload = AESGCM(_key_of_slot(slot.kdf, secret, what)).decrypt(nonce, sealed, data)
+    except InvalidTag:
+        return None
+    value = parse(payload, what)
+    try:
+        epochs = {int(number): bytes.fromhex(key) for number, key in value["epochs"].items()}
+        secrets = Secrets(bytes.fromhex(value["id_key"]), bytes.fromhex(value["signing_seed"]), epochs)
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise IntegrityError(f"{what} holds no secrets of this format") from error
+    if any(len(key) != 32 for key in (secrets.id_key, secrets.signing_seed, *epochs.values())):
+        raise IntegrityError(f"{what} holds keys of a wrong length")
+    return secrets
+
+
+class Unlocking:
+    """Slots being tried in the background, from the moment this is made.
+
+    The slow step (Argon2id) lets other Python code run, so a caller makes this
+    first, does its other preparations, and asks for `result` when it must.
+    """
+
+    def __init__(self, slots: Sequence[Slot], secret: Secret) -> None:
+        self._slots = slots
+        self._secret = secret
+        self._secrets: Secrets | None = None
+        self._error: ImagerError | None = None
+        self._thread = threading.Thread(target=self._work, name="unlock", daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        for slot in self._slots:
+            try:
+                self._secrets = open_slot(slot, self._secret)
+            except ImagerError as error:
+                self._error = error  # Another slot may still open.
+            except MemoryError:
+                self._error = ImagerError(
+                    f"not enough memory to try the {self._secret.kind}",
+                    hint="a passphrase needs 64 MiB for a moment",
+                )
+            except Exception as error:  # Told by `result`, not by a thread that nobody listens to.
+                self._error = ImagerError(f"the {self._secret.kind} could not be tried: {error}")
+            if self._secrets is not None:
+                return
+
+    def result(self) -> Secrets:
+        """The secrets. Raises `WrongKey`; `IntegrityError` where no slot opened and one was damaged."""
+        self._thread.join()
+        if self._secrets is not None:
+            return self._secrets
+        if self._error is not None:
+            raise self._error
+        raise WrongKey(
+            f"no key slot opens with this {self._secret.kind}",
+            hint="check for another keyboard layout, or for another repository's secret",
+        )
+
+
+# --- epochs and envelopes -------------------------------------------------------------
+
+
+def new_epoch(repository: bytes, epoch: int, private: bytes, signing_seed: bytes) -> bytes:
+    """The object `epochs/<epoch>` of a private key."""
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+    public = X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
+    signature = sign(signing_seed, epoch_message(repository, epoch, public))
+    return canonical(Epoch(epoch, public.hex(), repository.hex(), signature.hex()))
+
+
+def epoch_name(epoch: int) -> str:
+    """Object name of a key epoch, without its folder: 8 hexadecimal digits."""
+    return f"{epoch:08x}"
+
+
+def parse_epoch(raw: bytes, name: str, repository: bytes, verify_key: bytes) -> tuple[int, bytes]:
+    """(number, X25519 public key) of the object `epochs/<name>`, its signature checked.
+
+    Raises `IntegrityError`.
+    """
+    what = f"key epoch {name}"
+    epoch = shape(parse(raw, what), Epoch, what)
+    public = unhex(epoch.public, 32, what)
+    in_bounds = 1 <= epoch.epoch < 1 << 32
+    if not in_bounds or name != epoch_name(epoch.epoch) or epoch.repository != repository.hex():
+        raise IntegrityError(f"{what} is damaged: it belongs to another name or repository")
+    signature = unhex(epoch.signature, 64, what)
+    if not is_signed(verify_key, signature, epoch_message(repository, epoch.epoch, public)):
+        raise IntegrityError(
+            f"{what} is not signed by this repository's key",
+            hint="somebody may have put a key of their own there; nothing was encrypted to it",
+        )
+    return epoch.epoch, public
+
+
+def _wrapping_key(shared: bytes, ephemeral: bytes, public: bytes, repository: bytes) -> bytes:
+    return _native.blake3_derive(CONTEXT_SESSION, shared + ephemeral + public + repository)
+
+
+def seal_session_key(
+    key: bytes, *, cipher: int, epoch: int, public: bytes, session: bytes, repository: bytes
+) -> bytes:
+    """An envelope of 104 bytes that only the holder of the epoch's private key opens."""
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+    private = X25519PrivateKey.generate()
+    ephemeral = private.public_key().public_bytes_raw()
+    shared = private.exchange(X25519PublicKey.from_public_bytes(public))
+    head = bytes((cipher, 1, 0, 0)) + epoch.to_bytes(4, "little") + session + ephemeral
+    wrap = _wrapping_key(shared, ephemeral, public, repository)
+    # The nonce may be fixed: the wrapping key comes from a fresh ephemeral key and is used once.
+    return head + AESGCM(wrap).encrypt(_ZERO_NONCE, key, head)
+
+
+def open_envelope(envelope: bytes, secrets: Secrets, repository: bytes) -> tuple[int, bytes]:
+    """(cipher, session key). Raises `WrongKey` where we lack the epoch's private key, `IntegrityError`."""
+    from cryptography.exceptions import InvalidTag
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+    damaged = "the envelope of a session key is damaged"
+    if len(envelope) != ENVELOPE or envelope[1:4] != b"\1\0\0":
+        raise IntegrityError(damaged)
+    cipher, epoch = envelope[0], int.from_bytes(envelope[4:8], "little")
+    if cipher not in (CIPHER_AES, CIPHER_CHACHA):
+        raise IntegrityError(f"{damaged}: unknown cipher {cipher}")
+    private = secrets.epochs.get(epoch)
+    if private is None:
+        if not secrets.epochs:
+            raise WrongKey(
+                "this key can back up, but not read what is stored", hint="use a key with the full role"
+            )
+        raise WrongKey(
+            f"this key does not have key epoch {epoch}", hint="use a key that was made, or renewed, after it"
+        )
+    ephemeral = envelope[24:56]
+    mine = X25519PrivateKey.from_private_bytes(private)
+    try:
+        shared = mine.exchange(X25519PublicKey.from_public_bytes(ephemeral))
+        public = mine.public_key().public_bytes_raw()
+        wrap = _wrapping_key(shared, ephemeral, public, repository)
+        return cipher, AESGCM(wrap).decrypt(_ZERO_NONCE, envelope[56:], envelope[:56])
+    except (InvalidTag, ValueError) as error:
+        raise IntegrityError(damaged) from error
+
+
+def body_key(session_key: bytes) -> bytes:
+    """The key of a manifest's body."""
+    return _native.blake3_derive(CONTEXT_BODY, session_key)
+
+
+def seal_body(session_key: bytes, plain: bytes, data: bytes) -> bytes:
+    """A manifest's body as stored: nonce, ciphertext, tag. `data`: the public part's bytes."""
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+    nonce = os.urandom(12)
+    return nonce + AESGCM(body_key(session_key)).encrypt(nonce, plain, data)
+
+
+def open_body(session_key: bytes, stored: bytes, data: bytes) -> bytes | None:
+    """The body that `seal_body` sealed; None where it is not whole."""
+    from cryptography.exceptions import InvalidTag
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+    if len(stored) < 28:
+        return None
+    try:
+        return AESGCM(body_key(session_key)).decrypt(stored[:12], stored[12:], data)
+    except InvalidTag:
+        return None
