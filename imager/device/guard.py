@@ -187,7 +187,7 @@ def confirm(verdict: Verdict, *, typed: str | None = None, confirm_device: str |
             return Confirmed(verdict)
         raise NotConfirmed(
             f"{identity.path} is not {confirm_device!r}; nothing was written",
-            hint=f"{_who(identity)}; if it is the one to overwrite: --confirm-device {confirmations(identity)[0]}",
+            hint=f"{_who(identity)}; if it is the right one: --confirm-device {confirmations(identity)[0]}",
         )
     if typed is not None and typed.strip().casefold() == identity.confirmation.strip().casefold():
         return Confirmed(verdict)
