@@ -31,21 +31,26 @@ def _global_options(*, environment: bool) -> list[click.Option]:
     so an option given before the verb is stronger than the environment."""
 
     def option(*names: str, **more: Any) -> click.Option:
-        return click.Option(names, expose_value=False, callback=_keep, allow_from_autoenv=environment, **more)
+        more.setdefault("allow_from_autoenv", environment)
+        return click.Option(names, expose_value=False, callback=_keep, **more)
+
+    # What the environment says of secrets is for `imager.repository.credentials` to judge.
+    def secret(*names: str, **more: Any) -> click.Option:
+        return option(*names, allow_from_autoenv=False, **more)
 
     return [
         option("-r", "--repo", metavar="REPO", help="The repository: a folder."),
-        option(
+        secret(
             "--passphrase-file",
             metavar="FILE",
             help="Take the passphrase from the first line of FILE.",
         ),
-        option(
+        secret(
             "--passphrase-command",
             metavar="COMMAND",
             help="Take the passphrase from the first line that COMMAND prints.",
         ),
-        option("--keyfile", metavar="FILE", help="Open the repository with the key in FILE."),
+        secret("--keyfile", metavar="FILE", help="Open the repository with the key in FILE."),
         option("--json", is_flag=True, default=None, help="Print JSON, for programs."),
         option(
             "--progress",
@@ -63,11 +68,11 @@ class Verb(click.Command):
 
     def __init__(self, name: str, **more: Any) -> None:
         super().__init__(name, **more)
-        self._own = list(self.params)
+        self.own = list(self.params)
         self.params.extend(_global_options(environment=False))
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        common = self.params[len(self._own) :]
+        common = self.params[len(self.own) :]
         own = [p for p in self.get_params(ctx) if p not in common and not isinstance(p, click.Argument)]
         for title, parameters in (("Options", own), ("Options of every verb", common)):
             records = [r for r in (p.get_help_record(ctx) for p in parameters) if r is not None]

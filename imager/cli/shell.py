@@ -82,7 +82,7 @@ class Shell:
         """Where the passphrase or key comes from."""
         from imager.repository.credentials import Credentials
 
-        return Credentials.find(
+        return Credentials(
             passphrase_file=self.settings.passphrase_file,
             passphrase_command=self.settings.passphrase_command,
             keyfile=self.settings.keyfile,
