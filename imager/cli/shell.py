@@ -18,7 +18,7 @@ from imager.errors import UsageError
 if TYPE_CHECKING:
     from imager.cli.reporters import TerminalReporter
     from imager.repository.credentials import Credentials
-    from imager.repository.repository import Repository
+    from imager.repository.repository import Opening
 
 PROGRESS_MODES = ("auto", "plain", "json", "none")
 
@@ -88,12 +88,16 @@ class Shell:
             keyfile=self.settings.keyfile,
         )
 
-    def repository(self) -> Repository:
-        """Open the repository. Raises `NoRepository`, `WrongKey`, `UsageError`."""
+    def open(self, *, writing: bool = False) -> Opening:
+        """Begin to open the repository: the key slots are tried while the verb gets ready.
+
+        Call `unlock()` on the result. Raises `NoRepository`, `WrongKey`, `UsageError`.
+        """
+        place = self.repository_name()
         from imager.repository.repository import Repository
         from imager.storage.open import open_storage
 
-        return Repository.open(open_storage(self.repository_name()), self.credentials())
+        return Repository.begin(open_storage(place), self.credentials(), writing=writing)
 
 
 def encode(value: object) -> str:

@@ -65,6 +65,7 @@ def command(
     which needs --name. The second backup of the same name stores only what
     changed; each set is complete by itself all the same.
     """
+    opening = shell.open(writing=True)
     from imager.engine import backup
 
     options = backup.BackupOptions(
@@ -78,7 +79,7 @@ def command(
         threads=threads,
     )
     with shell.reporter() as reporter:
-        repository = shell.repository()
+        repository = opening.unlock()
         plan = backup.plan(repository, sources, options, reporter)
         if dry_run:
             if shell.json:

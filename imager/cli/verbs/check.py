@@ -25,10 +25,11 @@ def command(shell: Shell, read_data: str | None, repair: bool) -> int:
     Exit 30 where something is damaged; each finding names the object and the
     sets that it belongs to.
     """
+    opening = shell.open(writing=repair)
     from imager.repository import check
 
     with shell.reporter() as reporter:
-        summary = check.check(shell.repository(), reporter, read_data=read_data, repair=repair)
+        summary = check.check(opening.unlock(), reporter, read_data=read_data, repair=repair)
     if shell.json:
         shell.message("summary", summary)
     else:

@@ -28,12 +28,12 @@ def command(shell: Shell, a: str, b: str, form: str) -> int:
     Each is a set, or a device or file (a name with a slash). Exit 0 where they
     are equal, 1 where they differ.
     """
+    opening = None if "/" in a and "/" in b else shell.open()
     from imager.changes import formats
     from imager.engine import diff
 
-    both_files = "/" in a and "/" in b
     with shell.reporter(long_job=False) as reporter:
-        repository = None if both_files else shell.repository()
+        repository = opening.unlock() if opening else None
         summary = diff.diff(repository, a, b, reporter)
     if shell.json or form == "json":
         shell.document(summary)

@@ -35,8 +35,8 @@ def command(shell: Shell, place: str | None, encryption: str, block_size: int | 
     place = place or shell.repository_name()
     repository = Repository.init(
         open_storage(place),
+        shell.credentials(),
         encryption=encryption,
-        credentials=None if encryption == "none" else shell.credentials(),
         block_size=block_size or 0,
     )
     if shell.json:

@@ -17,11 +17,12 @@ from imager.units import format_size, format_time
 @click.option("--tag", "tags", metavar="TAG", multiple=True, help="Only sets with TAG; may be repeated.")
 def command(shell: Shell, names: tuple[str, ...], tags: tuple[str, ...]) -> None:
     """List the image sets, the oldest first; with NAME, only those of these lineages."""
+    opening = shell.open()
     from imager.repository import imageset
 
     sets = [
         manifest
-        for manifest in imageset.list_sets(shell.repository())
+        for manifest in imageset.list_sets(opening.unlock())
         if (not names or manifest.name in names) and set(tags) <= set(manifest.tags)
     ]
     if shell.json:

@@ -50,6 +50,7 @@ def command(
     A device is written only after you have named it: type what the question
     asks for, or, where nobody is there to type, give --confirm-device.
     """
+    opening = shell.open()
     from imager.engine import restore
 
     options = restore.RestoreOptions(
@@ -62,7 +63,7 @@ def command(
         threads=threads,
     )
     with shell.reporter() as reporter:
-        repository = shell.repository()
+        repository = opening.unlock()
         plan = restore.plan(repository, set_text, target, options, reporter)
         if dry_run:
             if shell.json:

@@ -13,9 +13,10 @@ from imager.units import format_time
 @click.argument("set_text", metavar="SET")
 def command(shell: Shell, set_text: str) -> None:
     """Show what SET holds: disks, layout, strategy, base, and what was read and stored."""
+    opening = shell.open()
     from imager.repository import imageset
 
-    manifest = imageset.resolve(shell.repository(), set_text)
+    manifest = imageset.resolve(opening.unlock(), set_text)
     if shell.json:
         shell.document(manifest)
         return

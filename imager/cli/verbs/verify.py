@@ -21,10 +21,11 @@ def command(shell: Shell, set_text: str, against: str | None, threads: int) -> i
     Exit 30 where something is damaged, with the extents of the disk that a
     restore could not give back.
     """
+    opening = shell.open()
     from imager.engine import verify
 
     with shell.reporter() as reporter:
-        summary = verify.verify(shell.repository(), set_text, reporter, against=against, threads=threads)
+        summary = verify.verify(opening.unlock(), set_text, reporter, against=against, threads=threads)
     if shell.json:
         shell.message("summary", summary)
     else:
