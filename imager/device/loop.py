@@ -57,7 +57,12 @@ class LoopDevice:
             loop_ioctl.set_flags(self._fd, self._flags() | loop_ioctl.PARTSCAN)
         except OSError:
             pass  # only makes clearing up after a killed process less thorough
-        command.run(["partx", "--update", self.path], ok=(0, 1))
+        old = self.partitions()
+        command.run(["partx", "--update" if old else "--add", self.path], ok=(0, 1))
+        if old:  # an update leaves those that stand after the table's last one
+            listed = command.text(["partx", "--show", "--noheadings", "--output", "NR", self.path], ok=(0, 1))
+            for number in old.keys() - {int(n) for n in listed.split()}:
+                command.run(["partx", "--delete", "--nr", str(number), self.path], ok=(0, 1))
         found = self.partitions()
         for path in found.values():
             _ensure_node(path)

@@ -72,7 +72,7 @@ def incremental(folder: Path, image: Path, cost: Cost, piece: int) -> None:
         bytes_before, objects_before = measure.tree_bytes(tool.store), _objects(tool.store)
         change = mutate.scatter(image, CHANGE // piece, seed=5, piece=piece)
         try:
-            mutate.write_map(place.changed_map, change.extents)
+            mutate.write_map(place.changed_map, change)
             cost.named_blocks = mutate.blocks_named(change, rounds.BLOCK)
             rounds.settle(image)
             done = measure.run(tool.command("changed"), tool.env)

@@ -62,6 +62,7 @@ def blocks_named(change: Change, block_size: int) -> int:
     return sparse.blocks_touched(change.extents, block_size)
 
 
-def write_map(path: Path, extents: list[Extent]) -> None:
-    """The changed-block map as JSON extents."""
-    path.write_text(json.dumps({"extents": [list(extent) for extent in extents]}))
+def write_map(path: Path, change: Change) -> None:
+    """The changed-block map of a change, as JSON extents."""
+    found = {"size": change.image.stat().st_size, "extents": [list(extent) for extent in change.extents]}
+    path.write_text(json.dumps(found))

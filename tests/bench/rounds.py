@@ -84,7 +84,7 @@ def _changed(tool: Tool, result: Result) -> measure.Run:
     pages = sparse.data_bytes(tool.place.image) // sparse.PAGE
     change = mutate.scatter(tool.place.image, int(pages * SHARE), seed=7)
     try:
-        mutate.write_map(tool.place.changed_map, change.extents)
+        mutate.write_map(tool.place.changed_map, change)
         result.named_blocks = mutate.blocks_named(change, BLOCK)
         done = _job(tool, "changed", result)
         if isinstance(tool, Imager):
