@@ -14,12 +14,14 @@ ZERO: int
 UNUSED: int
 UNREADABLE: int
 DATA: int
+UNKNOWN: int
+"only in memory: compares unequal to everything"
 
 class ReadError(OSError):
-    """A source or a pack could not be read. args: (errno, message, offset)."""
+    """A source or a pack could not be read. errno (0: it ended early), strerror; filename is the byte offset."""
 
 class WriteError(OSError):
-    """A pack or a target could not be written. args: (errno, message, offset)."""
+    """A pack or a target could not be written. errno, strerror; filename is the byte offset."""
 
 class DamagedError(ValueError):
     """Repository bytes are not what was stored. args: (message,)."""
@@ -51,10 +53,12 @@ class Vault:
     def add_key(self, cipher: int, key: bytes) -> int:
         """Add a session key; returns its handle. cipher: 1 AES-256-GCM, 2 ChaCha20-Poly1305."""
     def block_id(self, content: bytes) -> bytes: ...
-    def open_page(self, record: bytes, keys: Sequence[int], names: Names, holder: int) -> tuple[int, int, Slots]:
-        """Decode a map page record that lies in pack `holder`: (level, first block, slots).
+    def open_page(
+        self, record: bytes, keys: Sequence[int | None], names: Names, holder: int
+    ) -> tuple[bytes, int, int, Slots]:
+        """Decode a map page record that lies in pack `holder`: (id, level, first block, slots).
 
-        `keys`: handles by envelope number. Raises DamagedError."""
+        `keys`: handles by envelope number, None for a key that is not held. Raises DamagedError."""
 
 def aes_is_fast() -> bool: ...
 
@@ -63,7 +67,7 @@ def aes_is_fast() -> bool: ...
 class Slots:
     """Slots of consecutive blocks (level 0) or pages: type and, for data, id and place."""
 
-    def __init__(self, count: int, kind: int = 0) -> None: ...
+    def __init__(self, count: int = 0, kind: int = 0) -> None: ...
     def __len__(self) -> int: ...
     def __eq__(self, other: object) -> bool:
         """Same types and ids; places may differ."""
@@ -83,10 +87,10 @@ class Slots:
         """(type, start, end) of each maximal run of one type."""
     def counts(self) -> tuple[int, int, int, int]:
         """How many slots are zero, unused, unreadable, data."""
-    def absent(self, names: Names) -> int:
-        """Turn data slots whose pack is not present into... see `drop_absent`: returns how many there are."""
+    def same_places(self, other: Slots) -> bool:
+        """Equal, and all records lie in the same places."""
     def drop_absent(self, names: Names) -> int:
-        """Forget the ids of data slots whose pack the storage lacks, so that they compare as changed."""
+        """Turn data slots whose pack the storage lacks into UNKNOWN, so that they compare as changed."""
     def packs(self) -> list[int]:
         """Numbers of the packs referred to, each once."""
 
@@ -168,15 +172,14 @@ class Scan:
 
 def scan(
     vault: Vault,
-    source: int | bytes | bytearray | memoryview,
+    source: int | bytes,
     ranges: Sequence[tuple[int, int]],
     *,
     image_size: int,
     block_size: int,
     base: Slots | None,
-    pack: PackWriter | None,
-    known: Known | None,
-    names: Names,
+    pack: PackWriter | None = None,
+    known: Known | None = None,
     codec: int = 1,
     level: int = 1,
     threads: int = 0,
@@ -205,7 +208,8 @@ class Gather:
     blocks: int
     stored: int
     "bytes of all records"
-    def slice_end(self, start: int, max_bytes: int) -> int: ...
+    def slice_end(self, start: int, max_blocks: int) -> int:
+        """End of a slice of records from `start` on that fills at most `max_blocks` blocks (at least one record)."""
     def packs(self, start: int, end: int) -> list[int]: ...
 
 class Failure:
@@ -217,7 +221,7 @@ class Failure:
 
 def fetch(
     vault: Vault,
-    packs: dict[int, tuple[int, Sequence[int]]],
+    packs: dict[int, tuple[int, Sequence[int | None]]],
     gather: Gather,
     start: int,
     end: int,
@@ -225,7 +229,6 @@ def fetch(
     image_size: int,
     block_size: int,
     target: int | None = None,
-    direct: bool = False,
     threads: int = 0,
 ) -> tuple[int, list[Failure]]:
     """Read, decrypt, decode and check records [start, end); write them to `target` where given.
@@ -234,7 +237,7 @@ def fetch(
     failures). A block that fails its check is never written. Raises WriteError (target)."""
 
 def read_blocks(
-    vault: Vault, packs: dict[int, tuple[int, Sequence[int]]], gather: Gather, *, image_size: int, block_size: int,
+    vault: Vault, packs: dict[int, tuple[int, Sequence[int | None]]], gather: Gather, *, image_size: int, block_size: int,
 ) -> list[tuple[int, bytes]]:
     """The contents of a few records: (block number, bytes). Raises DamagedError."""
 
@@ -243,5 +246,5 @@ def compare_files(
 ) -> list[tuple[int, int]]:
     """Extents [start, end) in bytes, in units of `grain`, where two files or devices differ."""
 
-def is_zero(fd: int, start: int, end: int, *, direct: bool = False, threads: int = 0) -> list[tuple[int, int]]:
+def non_zero(fd: int, start: int, end: int, *, direct: bool = False, threads: int = 0) -> list[tuple[int, int]]:
     """Extents [start, end) of 4 KiB pages within the range that are not all zero."""

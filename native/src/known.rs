@@ -1,0 +1,247 @@
+//! What is stored already: this session's own blocks, then index segments.
+//!
+//! Invariant: of all who meet a new content at the same time exactly one stores it;
+//! nobody waits for another while holding a claim of its own, so nobody waits for ever.
+
+use std::collections::hash_map::Entry;
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
+use std::time::Duration;
+
+use crate::digest::Id;
+use crate::error::{invalid, Result};
+use crate::index::{build_from, key_of, Key, Segment};
+use crate::names::Names;
+use crate::slots::Place;
+
+/// Keys are keyed hashes: their first bytes are as good as any hash of them.
+#[derive(Default)]
+struct Prefix(u64);
+
+impl Hasher for Prefix {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        for chunk in bytes.chunks(8) {
+            let mut word = [0; 8];
+            word[..chunk.len()].copy_from_slice(chunk);
+            self.0 = self.0.rotate_left(5) ^ u64::from_le_bytes(word);
+        }
+    }
+}
+
+enum State {
+    Claimed,
+    Stored(Place),
+}
+
+#[derive(Default)]
+struct Shard {
+    map: Mutex<HashMap<Key, State, BuildHasherDefault<Prefix>>>,
+    published: Condvar,
+}
+
+/// Answer to a claim.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Claim {
+    /// It is stored here.
+    Found(Place),
+    /// It is new, and yours to store and then to `publish`.
+    Yours,
+    /// Another worker is storing it: `wait` for it once you hold no claim.
+    Busy,
+}
+
+const SHARDS: usize = 64;
+
+/// The dedup lookup of one run.
+pub struct Known {
+    names: Arc<Names>,
+    shards: Vec<Shard>,
+    segments: RwLock<Vec<(Segment, Vec<u32>)>>,
+    pending: AtomicUsize,
+    failed: AtomicBool,
+}
+
+impl Known {
+    /// Nothing known yet.
+    pub fn new(names: Arc<Names>) -> Self {
+        Self {
+            names,
+            shards: (0..SHARDS).map(|_| Shard::default()).collect(),
+            segments: RwLock::default(),
+            pending: AtomicUsize::new(0),
+            failed: AtomicBool::new(false),
+        }
+    }
+
+    fn shard(&self, key: &Key) -> &Shard {
+        &self.shards[usize::from(key[KEY_BYTE]) % SHARDS]
+    }
+
+    /// Search another segment too; its number of entries.
+    pub fn load(&self, file: OwnedFd, repository: &[u8; 16]) -> Result<u64> {
+        let segment = Segment::open(file, repository)?;
+        let numbers = segment.packs.iter().map(|name| self.names.intern(name)).collect();
+        let entries = segment.entries;
+        self.segments.write().unwrap_or_else(PoisonError::into_inner).push((segment, numbers));
+        Ok(entries)
+    }
+
+    /// Look `id` up without claiming it.
+    pub fn find(&self, id: &Id) -> Option<Place> {
+        let key = key_of(id);
+        let shard = self.shard(&key);
+        if let Some(State::Stored(place)) = shard.map.lock().unwrap_or_else(PoisonError::into_inner).get(&key) {
+            return Some(*place);
+        }
+        self.in_segments(&key)
+    }
+
+    fn in_segments(&self, key: &Key) -> Option<Place> {
+        let segments = self.segments.read().unwrap_or_else(PoisonError::into_inner);
+        segments.iter().rev().find_map(|(segment, numbers)| {
+            let (pack, offset, length) = segment.find(key)?;
+            let pack = *numbers.get(pack as usize)?;
+            self.names.is_present(pack).then_some(Place { pack, offset, length })
+        })
+    }
+
+    /// Find `id`, or claim it.
+    pub fn claim(&self, id: &Id) -> Claim {
+        let key = key_of(id);
+        let shard = self.shard(&key);
+        match shard.map.lock().unwrap_or_else(PoisonError::into_inner).get(&key) {
+            Some(State::Stored(place)) => return Claim::Found(*place),
+            Some(State::Claimed) => return Claim::Busy,
+            None => {}
+        }
+        if let Some(place) = self.in_segments(&key) {
+            return Claim::Found(place);
+        }
+        match shard.map.lock().unwrap_or_else(PoisonError::into_inner).entry(key) {
+            Entry::Occupied(entry) => match entry.get() {
+                State::Stored(place) => Claim::Found(*place),
+                State::Claimed => Claim::Busy,
+            },
+            Entry::Vacant(entry) => {
+                entry.insert(State::Claimed);
+                Claim::Yours
+            }
+        }
+    }
+
+    /// What was claimed lies here now.
+    pub fn publish(&self, id: &Id, place: Place) {
+        let key = key_of(id);
+        let shard = self.shard(&key);
+        shard.map.lock().unwrap_or_else(PoisonError::into_inner).insert(key, State::Stored(place));
+        self.pending.fetch_add(1, Ordering::Relaxed);
+        shard.published.notify_all();
+    }
+
+    /// Wait until the worker that claimed `id` has published it.
+    pub fn wait(&self, id: &Id) -> Result<Place> {
+        let key = key_of(id);
+        let shard = self.shard(&key);
+        let mut map = shard.map.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            match map.get(&key) {
+                Some(State::Stored(place)) => return Ok(*place),
+                Some(State::Claimed) if !self.failed.load(Ordering::Relaxed) => {
+                    // The timeout only bounds how late a failure elsewhere is noticed.
+                    map = shard
+                        .published
+                        .wait_timeout(map, Duration::from_millis(50))
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .0;
+                }
+                _ => return invalid("another worker failed while storing the same content"),
+            }
+        }
+    }
+
+    /// A worker failed: nobody waits any longer.
+    pub fn fail(&self) {
+        self.failed.store(true, Ordering::Relaxed);
+    }
+
+    /// How many entries no segment holds yet.
+    pub fn pending(&self) -> usize {
+        self.pending.load(Ordering::Relaxed)
+    }
+
+    /// How many index pages turned out to be damaged.
+    pub fn damaged_pages(&self) -> usize {
+        let segments = self.segments.read().unwrap_or_else(PoisonError::into_inner);
+        segments.iter().map(|(segment, _)| segment.damaged.load(Ordering::Relaxed)).sum()
+    }
+
+    /// Take the entries whose packs are finished out, as a segment's bytes. None if there are none.
+    pub fn segment(&self, repository: &[u8; 16]) -> Result<Option<Vec<u8>>> {
+        let mut entries = Vec::with_capacity(self.pending());
+        for shard in &self.shards {
+            let mut map = shard.map.lock().unwrap_or_else(PoisonError::into_inner);
+            map.retain(|key, state| match state {
+                State::Stored(place) if self.names.name(place.pack).is_some() => {
+                    entries.push((*key, *place));
+                    false
+                }
+                _ => true,
+            });
+            map.shrink_to_fit();
+        }
+        if entries.is_empty() {
+            return Ok(None);
+        }
+        self.pending.fetch_sub(entries.len(), Ordering::Relaxed);
+        build_from(repository, entries, |number| self.names.name(number)).map(Some)
+    }
+}
+
+/// The byte of a key that picks the shard; not one that the map's hash begins with.
+const KEY_BYTE: usize = 19;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_of_many_stores_a_content() {
+        let known = Known::new(Arc::default());
+        let stored = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    for n in 0..500u32 {
+                        let id: Id = blake3::hash(&n.to_le_bytes()).into();
+                        let place = Place { pack: 0, offset: n, length: 1 };
+                        match known.claim(&id) {
+                            Claim::Yours => {
+                                stored.fetch_add(1, Ordering::Relaxed);
+                                known.publish(&id, place);
+                            }
+                            Claim::Found(found) => assert_eq!(found, place),
+                            Claim::Busy => assert_eq!(known.wait(&id).expect("published"), place),
+                        }
+                    }
+                });
+            }
+        });
+        assert_eq!(stored.into_inner(), 500);
+        assert_eq!(known.pending(), 500);
+    }
+
+    #[test]
+    fn a_failure_frees_those_who_wait() {
+        let known = Known::new(Arc::default());
+        assert_eq!(known.claim(&[1; 32]), Claim::Yours);
+        assert_eq!(known.claim(&[1; 32]), Claim::Busy);
+        known.fail();
+        assert!(known.wait(&[1; 32]).is_err());
+    }
+}

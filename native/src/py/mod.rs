@@ -1,0 +1,24 @@
+//! The border: arguments in, errors out, the GIL released around work.
+
+mod digests;
+mod errors;
+mod known;
+mod packs;
+mod slots;
+mod vault;
+mod work;
+
+use pyo3::prelude::*;
+
+#[pymodule]
+fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    m.add("DEBUG_BUILD", cfg!(debug_assertions))?;
+    errors::register(m)?;
+    digests::register(m)?;
+    vault::register(m)?;
+    slots::register(m)?;
+    packs::register(m)?;
+    known::register(m)?;
+    work::register(m)
+}
