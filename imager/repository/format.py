@@ -152,7 +152,7 @@ def _plain(value: Any) -> Any:
     if kind is bytes:
         return value.hex()
     if isinstance(value, msgspec.Struct):
-        return _plain(msgspec.to_builtins(value))
+        return _plain(msgspec.to_builtins(value, builtin_types=(bytes,)))
     raise TypeError(f"canonical JSON has no {kind.__name__}")
 
 

@@ -1,0 +1,341 @@
+"""Which image sets there are, and which one a person means.
+
+Invariant: a damaged manifest never hides the healthy ones; and a set is
+found by a text either without doubt, or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+
+from imager import _native
+from imager.errors import ImagerError, IntegrityError, NoRepository, UsageError
+from imager.repository.format import SETS, is_id, lineage_id
+from imager.repository.manifest import (
+    MAX_MANIFEST,
+    Body,
+    Image,
+    Manifest,
+    Previous,
+    Public,
+    Root,
+    decode,
+    encode,
+    is_abort_mark,
+    parse_public,
+    root_level,
+)
+from imager.repository.repository import Repository
+from imager.storage.errors import NotFound
+from imager.units import format_time
+
+__all__ = [
+    "Body", "Damaged", "Head", "Image", "Listing", "Manifest", "NoSuchSet", "Previous", "Public", "Root",
+    "Selector", "chain_problems", "check_name", "decode", "encode", "heads", "latest_of", "list_sets",
+    "parse_time", "read_set", "resolve", "root_level", "select_image", "split_selector", "this_host",
+]  # fmt: skip
+
+_TIME = r"(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d)(:\d\d)?(\.\d{1,6})?)?(Z|[+-]\d\d:?\d\d)?"
+_SELECTOR = re.compile(rf"(?P<set>[^@:]+(?:@(?:{_TIME}|[^:]*))?)(?::(?P<disk>[^:]+)(?::(?P<part>\d+))?)?")
+_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+_UNITS = {False: timedelta(days=1), True: timedelta(minutes=1)}
+_HEX = frozenset("0123456789abcdef")
+
+
+class NoSuchSet(ImagerError):
+    """No image set fits the text."""
+
+    kind = "no-such-set"
+
+
+@dataclass(frozen=True, slots=True)
+class Damaged:
+    """A manifest that cannot be used, and why."""
+
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What a set's public part says, its seal not yet checked: enough to choose, not to trust."""
+
+    id: str
+    created: int
+    lineage: str
+    sequence: int
+    digest: bytes
+    raw: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """All image sets, oldest first; the damaged ones; ids of aborted sessions."""
+
+    sets: tuple[Manifest, ...]
+    problems: tuple[Damaged, ...]
+    aborted: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Selector:
+    """`SET`, `SET:DISK` or `SET:DISK:N` taken apart."""
+
+    set: str
+    disk: str | None = None
+    partition: int | None = None
+
+
+def this_host() -> str:
+    """The name that lineages of this machine have."""
+    return os.uname().nodename
+
+
+def check_name(name: str) -> str:
+    """`name` if a lineage or disk can have it. Raises `UsageError`."""
+    if not name or len(name) > 255 or not name.isprintable() or name != name.strip():
+        raise UsageError(f"not a name: {name!r}", hint="choose up to 255 printable characters")
+    if "@" in name or ":" in name or name.startswith("-") or name == "latest" or is_id(name):
+        raise UsageError(
+            f"an image set cannot be called {name!r}",
+            hint="'@' and ':' have a meaning of their own, as have 'latest', a leading '-', and ids",
+        )
+    return name
+
+
+# --- reading ---------------------------------------------------------------------------
+
+
+def _raws(repository: Repository) -> Iterable[tuple[str, bytes]]:
+    for name in repository.storage.list_names(SETS):
+        try:
+            yield name.removeprefix(SETS), repository.storage.read(name, 0, MAX_MANIFEST + 1)
+        except NotFound:
+            continue  # deleted since it was listed
+
+
+def heads(repository: Repository) -> tuple[list[Head], list[Damaged]]:
+    """The public parts of all sets, oldest first, and the manifests that have none. Raises `StorageError`.
+
+    Quick: nothing is decrypted and no signature is checked; `decode` the one that counts.
+    """
+    found: list[Head] = []
+    damaged: list[Damaged] = []
+    for set_id, raw in _raws(repository):
+        if is_abort_mark(raw):
+            continue
+        try:
+            public = parse_public(raw, set_id, repository.config.repository)
+        except IntegrityError as error:
+            damaged.append(Damaged(set_id, error.message))
+            continue
+        found.append(
+            Head(set_id, public.created, public.lineage, public.sequence, _native.blake3(raw), raw)
+        )
+    found.sort(key=lambda head: (head.created, head.id))
+    return found, damaged
+
+
+def list_sets(repository: Repository) -> Listing:
+    """Every image set, its seal checked. Damaged ones are reported, not fatal. Raises `StorageError`."""
+    sets: list[Manifest] = []
+    damaged: list[Damaged] = []
+    aborted: list[str] = []
+    for set_id, raw in _raws(repository):
+        if is_abort_mark(raw):
+            aborted.append(set_id)
+            continue
+        try:
+            sets.append(decode(repository, set_id, raw))
+        except (IntegrityError, NoRepository) as error:
+            damaged.append(Damaged(set_id, error.message))
+    sets.sort(key=lambda manifest: (manifest.created, manifest.id))
+    damaged.sort(key=lambda problem: problem.id)
+    return Listing(tuple(sets), tuple(damaged), tuple(sorted(aborted)))
+
+
+def read_set(repository: Repository, set_id: str) -> Manifest:
+    """One set by its full id. Raises `NoSuchSet`, `IntegrityError`, `StorageError`."""
+    try:
+        raw = repository.storage.read(SETS + set_id, 0, MAX_MANIFEST + 1)
+    except NotFound as error:
+        raise NoSuchSet(f"there is no image set {set_id}", hint="imager list shows what there is") from error
+    if is_abort_mark(raw):
+        raise NoSuchSet(f"there is no image set {set_id}: its backup was aborted")
+    return decode(repository, set_id, raw)
+
+
+def latest_of(
+    repository: Repository, lineage: bytes, known: Iterable[Head] | None = None
+) -> tuple[Manifest | None, list[Damaged]]:
+    """The newest whole set of a lineage, and the newer ones that are damaged. Raises `StorageError`."""
+    text = lineage.hex()
+    found = heads(repository)[0] if known is None else known
+    damaged: list[Damaged] = []
+    for head in sorted((head for head in found if head.lineage == text), key=_order, reverse=True):
+        try:
+            return decode(repository, head.id, head.raw), damaged
+        except (IntegrityError, NoRepository) as error:
+            damaged.append(Damaged(head.id, error.message))
+    return None, damaged
+
+
+def _order(head: Head) -> tuple[int, int, str]:
+    return head.sequence, head.created, head.id
+
+
+def chain_problems(listing: Listing) -> list[tuple[str, str]]:
+    """Where the chain of a lineage is broken: (set id, what is wrong)."""
+    sets = {manifest.id: manifest for manifest in listing.sets}
+    unusable = {problem.id for problem in listing.problems}
+    problems: list[tuple[str, str]] = []
+    for manifest in listing.sets:
+        previous = manifest.previous
+        if previous is None or previous.set in unusable:
+            continue  # A damaged predecessor is a problem of its own.
+        before = sets.get(previous.set)
+        if before is None:
+            problems.append((manifest.id, f"the image set before it, {previous.set}, is missing"))
+        elif before.digest.hex() != previous.digest:
+            problems.append((manifest.id, f"the image set before it, {previous.set}, is another than it was"))
+        elif before.lineage != manifest.lineage or before.sequence + 1 != manifest.sequence:
+            problems.append((manifest.id, f"it does not follow on {previous.set}, as it says it does"))
+    return problems
+
+
+# --- what a person means -----------------------------------------------------------------
+
+
+def split_selector(text: str) -> Selector:
+    """Take `SET`, `SET:DISK` or `SET:DISK:N` apart; SET may be `NAME@TIME`. Raises `UsageError`."""
+    match = _SELECTOR.fullmatch(text)
+    if match is None:
+        raise UsageError(
+            f"not an image set: {text!r}", hint="write ID, NAME, NAME@TIME or latest, then :DISK or :DISK:N"
+        )
+    part = match["part"]
+    if part is not None and int(part) == 0:
+        raise UsageError(f"not a partition: {text!r}", hint="partitions are counted from 1")
+    return Selector(match["set"], match["disk"], int(part) if part else None)
+
+
+def parse_time(text: str) -> int:
+    """The last microsecond, since 1970 UTC, of the day, minute or second that is named.
+
+    Local time unless the text has an offset. Raises `UsageError`.
+    """
+    hint = "write 2026-11-22, '2026-11-22 13:40' or 2026-11-22T13:40:05+01:00"
+    match = re.fullmatch(_TIME, text)
+    if match is None:
+        raise UsageError(f"not a time: {text!r}", hint=hint)
+    date, hours, seconds, fraction, zone = match.groups()
+    unit = timedelta(microseconds=1) if fraction else timedelta(seconds=1) if seconds else _UNITS[bool(hours)]
+    try:
+        clock = f"{hours or '00:00'}{seconds or ''}{fraction or ''}{zone or ''}"
+        moment = datetime.fromisoformat(f"{date}T{clock}")
+        if moment.tzinfo is None:
+            moment = moment.astimezone()
+        return (moment + unit - _EPOCH) // timedelta(microseconds=1) - 1
+    except (ValueError, OverflowError, OSError) as error:
+        raise UsageError(f"not a time: {text!r}: {error}", hint=hint) from error
+
+
+def resolve(repository: Repository, text: str, *, host: str | None = None) -> Manifest:
+    """The set that `text` means: an id or its unique prefix, `latest`, `NAME`, `NAME@TIME`, `latest@TIME`.
+
+    A name goes before a prefix of an id, this machine's lineages (`host`)
+    before those of others. Raises `NoSuchSet`, `UsageError` where it is
+    ambiguous, `IntegrityError` where the set that is meant is damaged.
+    """
+    if is_id(text):
+        return read_set(repository, text)
+    name, at, time = text.partition("@")
+    until = parse_time(time) if at else None
+    found, damaged = heads(repository)
+    if name == "latest":
+        candidates = found
+    else:
+        lineage = _lineage_named(repository, name, host or this_host(), found)
+        if lineage is None:
+            if not at and (chosen := _by_prefix(text, found, damaged)) is not None:
+                return read_set(repository, chosen)
+            raise _no_set(text, damaged)
+        candidates = [head for head in found if head.lineage == lineage]
+    if until is not None:
+        candidates = [head for head in candidates if head.created <= until]
+        if not candidates and found:
+            raise NoSuchSet(
+                f"there is no image set of {name} at or before {format_time(until / 1e6)}",
+                hint="imager list shows what there is",
+            )
+    if not candidates:
+        raise _no_set(text, damaged)
+    newest = max(candidates, key=lambda head: (head.created, head.sequence, head.id))
+    return decode(repository, newest.id, newest.raw)
+
+
+def _no_set(text: str, damaged: list[Damaged]) -> NoSuchSet:
+    more = f" ({len(damaged)} manifests are damaged: imager check names them)" if damaged else ""
+    return NoSuchSet(f"no image set is called {text!r}{more}", hint="imager list shows what there is")
+
+
+def _by_prefix(text: str, found: list[Head], damaged: list[Damaged]) -> str | None:
+    prefix = text.lower()
+    if len(prefix) < 4 or not _HEX.issuperset(prefix):
+        return None
+    ids = [head.id for head in found] + [problem.id for problem in damaged]
+    ids = [set_id for set_id in ids if set_id.startswith(prefix)]
+    if len(ids) > 1:
+        raise UsageError(
+            f"{text!r} may be any of {len(ids)} image sets: {', '.join(sorted(ids)[:8])}",
+            hint="give more digits of the id",
+        )
+    return ids[0] if ids else None
+
+
+def _lineage_named(repository: Repository, name: str, host: str, found: list[Head]) -> str | None:
+    """The lineage of `name` on this host, or the only one of that name on another. Raises `UsageError`."""
+    own = lineage_id(repository.secrets.id_key, host, name).hex()
+    lineages: dict[str, list[Head]] = {}
+    for head in found:
+        lineages.setdefault(head.lineage, []).append(head)
+    if own in lineages:
+        return own
+    matches: list[tuple[str, str]] = []
+    for lineage, members in lineages.items():
+        # All sets of a lineage have one name and host: the newest whole one tells.
+        for head in reversed(members):
+            try:
+                body = decode(repository, head.id, head.raw).body
+            except (IntegrityError, NoRepository):
+                continue
+            if body is not None and body.name == name:
+                matches.append((lineage, body.host))
+            break
+    if len(matches) > 1:
+        raise UsageError(
+            f"several machines have images called {name!r}: {', '.join(sorted(host for _, host in matches))}",
+            hint="give the id of the image set",
+        )
+    return matches[0][0] if matches else None
+
+
+def select_image(manifest: Manifest, disk: str | None) -> Image:
+    """The disk of that name, or the only one. Raises `UsageError`."""
+    images = manifest.images
+    disks = ", ".join(image.disk for image in images)
+    if disk is None:
+        if len(images) == 1:
+            return images[0]
+        raise UsageError(
+            f"image set {manifest.id[:8]} holds {len(images)} disks: {disks}",
+            hint=f"name one: {manifest.id[:8]}:{images[0].disk}" if images else None,
+        )
+    for image in images:
+        if image.disk == disk:
+            return image
+    raise UsageError(f"image set {manifest.id[:8]} has no disk {disk!r}; it has {disks}")

@@ -1,0 +1,281 @@
+"""A writer's session: packs that become durable in the background, and the commit.
+
+Invariant: objects are published in the order in which they were handed in
+(the session's announcement first, then packs, map packs, index segments), each
+durable before the next; the manifest comes after all of them. A set exists by
+its manifest alone, so a session that ends early leaves nothing that counts.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+
+from imager import _native
+from imager.errors import ImagerError, IntegrityError, Locked
+from imager.repository.format import (
+    CIPHER_AES,
+    CIPHER_CHACHA,
+    CONDEMNED,
+    KIND_DATA,
+    KIND_MAP,
+    SESSIONS,
+    SETS,
+    SessionObject,
+    canonical,
+    now,
+    pack_object,
+)
+from imager.repository.keys import seal_session_key
+from imager.repository.manifest import is_abort_mark, parse_abort_mark
+from imager.repository.repository import Repository
+from imager.storage.base import Staged
+from imager.storage.errors import AlreadyExists, StorageError
+
+_IN_FLIGHT = 2
+
+
+class _Publisher:
+    """One thread that carries out jobs in order; at most two wait or run, so staged data stays bounded."""
+
+    def __init__(self) -> None:
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._pending = 0
+        self._changed = threading.Condition()
+        self._error: BaseException | None = None
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="publish", daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not self._jobs and not self._closed:
+                    self._changed.wait()
+                if not self._jobs:
+                    return
+                job = self._jobs.popleft()
+                failed = self._error is not None
+            try:
+                if not failed:
+                    job()
+            except BaseException as error:
+                with self._changed:
+                    self._error = error
+            del job  # What it holds is done with: another pack may take its memory.
+            with self._changed:
+                self._pending -= 1
+                self._changed.notify_all()
+
+    def add(self, job: Callable[[], None]) -> None:
+        """Queue a job; waits while two are pending. Raises what an earlier job raised."""
+        with self._changed:
+            while self._pending >= _IN_FLIGHT and self._error is None:
+                self._changed.wait()
+            self.check()
+            self._jobs.append(job)
+            self._pending += 1
+            self._changed.notify_all()
+
+    def drain(self) -> None:
+        """Wait for all jobs. Raises what the first failing one raised; none ran after it."""
+        with self._changed:
+            while self._pending:
+                self._changed.wait()
+        self.check()
+
+    def check(self) -> None:
+        """Raise what a job raised."""
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """Let the thread end after the jobs that are queued, and wait for it."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
+
+class Session:
+    """One writer's work, from its announcement to its commit. Use it as a context manager.
+
+    Packs are numbered in the order of `new_pack`. `new_pack`, `seal` and
+    `create` may be called from several threads.
+    """
+
+    def __init__(self, repository: Repository, *, host: str) -> None:
+        self.repository = repository
+        identity = os.urandom(16)
+        self.id = identity.hex()
+        self.key: bytes | None = None
+        self.envelope: bytes | None = None
+        self.stored = 0
+        "Bytes of the packs and other objects handed in so far."
+        self._handle: int | None = None
+        self._lock = threading.Lock()
+        self._sequence = 0
+        self._objects = 0
+        self._staged: dict[_native.PackWriter, tuple[Staged, int]] = {}
+        self._ended = False
+        epoch = 0
+        if repository.sealed:
+            cipher = CIPHER_AES if _native.aes_is_fast() else CIPHER_CHACHA
+            epoch, public = repository.newest_epoch()
+            self.key = os.urandom(32)
+            self.envelope = seal_session_key(
+                self.key, cipher=cipher, epoch=epoch, public=public, session=identity, repository=repository.id
+            )
+            self._handle = repository.adopt_key(self.envelope, cipher, self.key)
+        condemned = repository.storage.list_names(CONDEMNED)
+        generation = max((int(name.removeprefix(CONDEMNED), 16) for name in condemned), default=0)
+        announcement = canonical(
+            SessionObject(
+                self.id, repository.config.repository, now(), epoch, host, os.getpid(), generation
+            )
+        )
+        self._publisher = _Publisher()
+        # In the background, like all that follows; being first, it is durable before any pack has a name.
+        self._publisher.add(lambda: repository.storage.create(SESSIONS + self.id, announcement))
+
+    @classmethod
+    def begin(cls, repository: Repository, *, host: str | None = None) -> Session:
+        """Announce a writer. Raises `IntegrityError` (no trustworthy key epoch), `StorageError`."""
+        return cls(repository, host=host or os.uname().nodename)
+
+    def new_pack(self, kind: int) -> _native.PackWriter:
+        """An empty pack; kind 1 data, 2 map. Hand it back with `seal`. Raises `StorageError`."""
+        staged = self.repository.storage.stage()
+        try:
+            with self._lock:
+                writer = _native.PackWriter(
+                    self.repository.vault,
+                    staged.fd,
+                    kind=kind,
+                    session=bytes.fromhex(self.id),
+                    sequence=self._sequence,
+                    envelope=self.envelope,
+                    key=self._handle,
+                    number=self.repository.names.reserve(),
+                )
+                self._sequence += 1
+                self._staged[writer] = (staged, kind)
+        except BaseException:
+            staged.discard()
+            raise
+        return writer
+
+    def new_data_pack(self) -> _native.PackWriter:
+        """An empty pack for blocks. Raises `StorageError`."""
+        return self.new_pack(KIND_DATA)
+
+    def new_map_pack(self) -> _native.PackWriter:
+        """An empty pack for map pages. Raises `StorageError`."""
+        return self.new_pack(KIND_MAP)
+
+    def seal(self, pack: _native.PackWriter) -> bytes | None:
+        """Finish a pack: its name, which map pages may refer to from now on; None for an empty pack.
+
+        The pack is made durable in the background; waits while two others are
+        under way. Raises what an earlier one ended with.
+        """
+        with self._lock:
+            staged, kind = self._staged[pack]
+        if not pack.records:
+            with self._lock:
+                del self._staged[pack]
+            staged.discard()
+            return None
+        try:
+            name, size = pack.finish()
+        except _native.WriteError as error:
+            raise writing_failed(self.repository, error) from error
+        self.repository.names.resolve(pack.number, name)
+        self._publisher.add(lambda: staged.publish(pack_object(kind, name)))
+        with self._lock:
+            del self._staged[pack]  # From here on the job owns it: it publishes, or the next line discards.
+            self._objects += 1
+            self.stored += size
+        return name
+
+    def create(self, name: str, data: bytes) -> None:
+        """Create an object after all that was handed in before; one that is there already is fine.
+
+        In the background; raises what an earlier job ended with.
+        """
+
+        def job() -> None:
+            try:
+                self.repository.storage.create(name, data)
+            except AlreadyExists:
+                pass  # Names are digests of the content (index segments): it is the same.
+
+        self._publisher.add(job)
+        with self._lock:
+            self.stored += len(data)
+
+    def drain(self) -> None:
+        """Wait until all that was handed in is durable. Raises the first error."""
+        self._publisher.drain()
+
+    def commit(self, manifest: bytes) -> None:
+        """Make the set exist. Raises `Locked` where the session was declared dead, or the first error."""
+        if self._staged:
+            raise ValueError("commit with packs that were not sealed")
+        self.drain()
+        storage = self.repository.storage
+        try:
+            storage.create(SETS + self.id, manifest)
+        except AlreadyExists as error:
+            raw = storage.read(SETS + self.id)
+            if not is_abort_mark(raw):
+                raise IntegrityError(
+                    f"the place of image set {self.id} is taken by something else",
+                    hint="run imager check; then back up again",
+                ) from error
+            reason = parse_abort_mark(raw).reason
+            raise Locked(
+                f"this backup was declared dead while it ran: {reason}",
+                hint="nothing of it counts; back up again",
+            ) from error
+        with self._lock:
+            self.stored += len(manifest)
+        self._end()
+
+    def abandon(self) -> None:
+        """End without a set: forget what is staged. Does nothing after `commit` or a second time."""
+        if self._ended:
+            return
+        self._end()
+        with self._lock:
+            staged, self._staged = list(self._staged.values()), {}
+        for item, _ in staged:
+            item.discard()
+        if not self._objects:
+            # Nothing of this session is stored: it need not stay known.
+            try:
+                self.repository.storage.delete(SESSIONS + self.id)
+            except StorageError:
+                pass  # The announcement harms nobody, and the error that led here is the one to tell.
+
+    def _end(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._publisher.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.abandon()
+
+
+def writing_failed(repository: Repository, error: OSError) -> ImagerError:
+    """What to raise where the native core could not write a pack."""
+    from imager.storage.errors import refusal
+
+    code = error.args[0] if error.args else None
+    plain = OSError(code, os.strerror(code)) if isinstance(code, int) and code > 0 else OSError(str(error))
+    return refusal(plain, "writing a pack", repository.storage.url)
