@@ -50,6 +50,7 @@ def run_page(page: str, folder: Path, stand_ins: dict[str, str]) -> list[tuple[p
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin",
         "IMAGER_STATE_DIR": str(folder / ".state"),
         "IMAGER_CACHE_DIR": str(folder / ".cache"),
+        "HOME": str(folder),
         "TERM": "dumb",
         "COLUMNS": "110",
         "PYTHONPATH": str(ROOT),

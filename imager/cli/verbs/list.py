@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
+from imager.cli import sets
 from imager.cli.group import verb
 from imager.cli.shell import Shell
 from imager.cli.style import table
 from imager.units import format_size, format_time
+
+if TYPE_CHECKING:
+    from imager.repository.manifest import Manifest
 
 
 @verb("list")
@@ -20,26 +25,38 @@ def command(shell: Shell, names: tuple[str, ...], tags: tuple[str, ...]) -> None
     opening = shell.open()
     from imager.repository import imageset
 
-    sets = [
-        manifest
-        for manifest in imageset.list_sets(opening.unlock())
-        if (not names or manifest.name in names) and set(tags) <= set(manifest.tags)
-    ]
+    listing = imageset.list_sets(opening.unlock())
+    with shell.reporter(long_job=False) as reporter:
+        for problem in listing.problems:
+            reporter.warn(problem.reason, hint="imager check tells more")
+    shown = [manifest for manifest in listing.sets if _wanted(manifest, names, tags)]
     if shell.json:
-        shell.document({"sets": sets})
+        problems = [{"set": problem.id, "reason": problem.reason} for problem in listing.problems]
+        shell.document({"sets": [sets.document(manifest) for manifest in shown], "damaged": problems})
         return
-    rows = [
-        (
-            manifest.set[:8],
-            manifest.name,
-            format_time(manifest.created / 1e6),
-            manifest.strategy,
-            ", ".join(image.disk for image in manifest.images),
-            format_size(sum(image.size for image in manifest.images)),
-            format_size(manifest.stats.get("stored", 0)),
-            " ".join(manifest.tags) or "-",
-        )
-        for manifest in sets
-    ]
     headings = ("SET", "NAME", "TAKEN", "STRATEGY", "DISKS", "SIZE", "STORED", "TAGS")
-    table(sys.stdout, headings, rows, right=(5, 6))
+    table(sys.stdout, headings, [_row(manifest) for manifest in shown], right=(5, 6))
+
+
+def _wanted(manifest: Manifest, names: tuple[str, ...], tags: tuple[str, ...]) -> bool:
+    if manifest.body is None:
+        return not names and not tags
+    return (not names or manifest.body.name in names) and set(tags) <= set(manifest.body.tags)
+
+
+def _row(manifest: Manifest) -> tuple[str, ...]:
+    when = format_time(manifest.created / 1e6)
+    body = manifest.body
+    if body is None:
+        return (manifest.id[:8], "not readable with this key", when, "-", "-", "-", "-", "-")
+    incomplete = any(image.unreadable for image in body.images)
+    return (
+        manifest.id[:8],
+        body.name,
+        when,
+        body.strategy + (", INCOMPLETE" if incomplete else ""),
+        ", ".join(image.disk for image in body.images),
+        format_size(sum(image.size for image in body.images)),
+        format_size(body.stats.get("bytes_stored", 0)),
+        " ".join(body.tags) or "-",
+    )

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 import click
 
+from imager.cli import sets
 from imager.cli.group import verb
 from imager.cli.shell import Shell
-from imager.units import format_time
+from imager.units import format_duration, format_size, format_time
+
+if TYPE_CHECKING:
+    from imager.repository.manifest import Image, Manifest
 
 
 @verb("show")
@@ -16,17 +23,34 @@ def command(shell: Shell, set_text: str) -> None:
     opening = shell.open()
     from imager.repository import imageset
 
-    manifest = imageset.resolve(opening.unlock(), set_text)
+    repository = opening.unlock()
+    selector = imageset.split_selector(set_text)
+    manifest = imageset.resolve(repository, selector.set)
+    images = [imageset.select_image(manifest, selector.disk)] if selector.disk else list(manifest.images)
     if shell.json:
-        shell.document(manifest)
+        shell.document(sets.document(manifest))
         return
-    facts = [
-        ("set", manifest.set),
-        ("name", f"{manifest.name}, number {manifest.sequence} of its lineage"),
-        ("host", manifest.host),
-        ("taken", f"{format_time(manifest.started / 1e6)} to {format_time(manifest.finished / 1e6)}"),
-        ("strategy", manifest.strategy + (f" on {manifest.base[:8]}" if manifest.base else "")),
-        ("tags", " ".join(manifest.tags) or "-"),
-    ]
-    for key, value in facts:
+    for key, value in _facts(manifest):
         shell.print(f"{key + ':':<10} {value}")
+    for image in images:
+        shell.print()
+        for line in _disk(image):
+            shell.print(line)
+
+
+def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    body = manifest.content
+    yield "set", manifest.id
+    yield "name", f"{body.name}, number {manifest.sequence} of its lineage, from {body.host}"
+    took = format_duration((body.finished - body.started) / 1e6)
+    yield "taken", f"{format_time(body.started / 1e6)}, in {took}"
+    yield "strategy", body.strategy + (f", compared with {body.base[:8]}" if body.base else "")
+    if body.tags:
+        yield "tags", " ".join(body.tags)
+    yield "made by", body.tool
+
+
+def _disk(image: Image) -> Iterator[str]:
+    yield f"{image.disk}: {format_size(image.size)} in blocks of {format_size(image.block_size)}"
+    for start, length in image.unreadable:
+        yield f"  UNREADABLE when taken: {format_size(length)} at byte {start}"
