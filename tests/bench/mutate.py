@@ -20,26 +20,44 @@ from sparse import PAGE, Extent
 
 @dataclass
 class Change:
-    """Changed stretches of one image, with what was there before."""
+    """Changed pieces of one image, with what was there before in a file beside it."""
 
     image: Path
-    before: list[tuple[int, bytes]]
+    places: list[int]
+    piece: int
+
+    @property
+    def saved(self) -> Path:
+        """Kept in a file: the kernel would count it into the peak memory of every process started from here."""
+        return self.image.with_name(self.image.name + ".before")
 
     @property
     def extents(self) -> list[Extent]:
         """What changed, in order."""
-        return sparse.merged([(start, len(data)) for start, data in self.before])
+        return sparse.merged([(at, self.piece) for at in self.places])
 
     def undo(self) -> None:
         """Put everything back."""
-        with self.image.open("r+b") as file:
-            for start, data in self.before:
-                os.pwrite(file.fileno(), data, start)
+        with self.image.open("r+b") as file, self.saved.open("rb") as before:
+            for at in self.places:
+                os.pwrite(file.fileno(), before.read(self.piece), at)
+        self.saved.unlink()
 
 
 def scatter(image: Path, count: int, seed: int, piece: int = PAGE) -> Change:
     """Overwrite `count` pieces of the image's data, chosen at random, with bytes that are half noise."""
     choice = random.Random(seed)
+    change = Change(image, _places(image, count, choice, piece), piece)
+    with image.open("r+b") as file, change.saved.open("wb") as before:
+        for at in change.places:
+            before.write(os.pread(file.fileno(), piece, at))
+            noise = choice.randbytes(piece // 2)
+            os.pwrite(file.fileno(), noise + noise[: piece // 4] * 2, at)
+    return change
+
+
+def _places(image: Path, count: int, choice: random.Random, piece: int) -> list[int]:
+    """Where whole pieces of data lie: `count` of them, in order."""
     extents = [
         (-(-start // piece) * piece, (start + length) // piece * piece)
         for start, length in sparse.data_extents(image)
@@ -47,14 +65,7 @@ def scatter(image: Path, count: int, seed: int, piece: int = PAGE) -> Change:
     sums = list(itertools.accumulate(max(0, end - start) // piece for start, end in extents))
     picked = sorted(choice.sample(range(sums[-1]), count))
     ends = [(bisect.bisect_right(sums, number), number) for number in picked]
-    places = [extents[at][1] - (sums[at] - number) * piece for at, number in ends]
-    before: list[tuple[int, bytes]] = []
-    with image.open("r+b") as file:
-        for at in places:
-            before.append((at, os.pread(file.fileno(), piece, at)))
-            noise = choice.randbytes(piece // 2)
-            os.pwrite(file.fileno(), noise + noise[: piece // 4] * 2, at)
-    return Change(image, before)
+    return [extents[at][1] - (sums[at] - number) * piece for at, number in ends]
 
 
 def blocks_named(change: Change, block_size: int) -> int:
