@@ -7,6 +7,7 @@ must be canonical, and must hold only known values.
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any, TypeVar
 
@@ -34,6 +35,8 @@ MIN_BLOCK, MAX_BLOCK = 4 << 10, 4 << 20
 MAX_JSON = 64 << 20
 MAX_SMALL_JSON = 1 << 20
 "Bound of config, slots, epochs and sessions, far above what any of them needs."
+
+_NUMBERED = re.compile(r"[a-z]+/([0-9a-f]{8})")
 
 SET_MAGIC, ABORT_MAGIC = b"IMGRSET1", b"IMGRABRT"
 SEALED, PLAIN = "sealed", "none"
@@ -211,6 +214,12 @@ def is_pack_name(text: str) -> bool:
         return len(text) == 64 and bytes.fromhex(text).hex() == text
     except ValueError:
         return False
+
+
+def numbered(names: list[str]) -> list[int]:
+    """The numbers in names of 8 hexadecimal digits (epochs, condemned); other names are skipped."""
+    found = (_NUMBERED.fullmatch(name) for name in names)
+    return [int(match[1], 16) for match in found if match]
 
 
 def pack_object(kind: int, name: bytes) -> str:

@@ -112,8 +112,11 @@ def check_name(name: str) -> str:
 
 def _raws(repository: Repository) -> Iterable[tuple[str, bytes]]:
     for name in repository.storage.list_names(SETS):
+        set_id = name.removeprefix(SETS)
+        if not is_id(set_id):
+            continue  # Not ours: something a file manager left, say.
         try:
-            yield name.removeprefix(SETS), repository.storage.read(name, 0, MAX_MANIFEST + 1)
+            yield set_id, repository.storage.read(name, 0, MAX_MANIFEST + 1)
         except NotFound:
             continue  # deleted since it was listed
 

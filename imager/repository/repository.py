@@ -44,8 +44,10 @@ from imager.repository.format import (
     check_features,
     config_message,
     is_block_size,
+    is_id,
     is_pack_name,
     now,
+    numbered,
     pack_object,
     parse_config,
 )
@@ -84,10 +86,10 @@ class Opening:
     def _start(self, credentials: Credentials) -> Unlocking:
         slots = []
         damaged: ImagerError | None = None
-        for name in sorted(self.storage.list_names(SLOTS)):
+        for slot_id in self.slot_ids(self.storage):
             try:
-                raw = self.storage.read(name, 0, MAX_SMALL_JSON + 1)
-                slots.append(keys.parse_slot(raw, name.removeprefix(SLOTS), self.id))
+                raw = self.storage.read(SLOTS + slot_id, 0, MAX_SMALL_JSON + 1)
+                slots.append(keys.parse_slot(raw, slot_id, self.id))
             except (IntegrityError, NotFound) as error:
                 damaged = error
         if not slots:
@@ -97,6 +99,12 @@ class Opening:
             )
         secret = credentials.obtain({slot.kind for slot in slots})
         return Unlocking([slot for slot in slots if slot.kind == secret.kind], secret)
+
+    @staticmethod
+    def slot_ids(storage: Storage) -> list[str]:
+        """Ids of all key slots, sorted. Raises `StorageError`."""
+        names = (name.removeprefix(SLOTS) for name in storage.list_names(SLOTS))
+        return sorted(name for name in names if is_id(name))
 
     def unlock(self) -> Repository:
         """Wait for the keys. Raises `WrongKey`, `IntegrityError`."""
@@ -209,13 +217,13 @@ class Repository:
 
     def newest_epoch(self) -> tuple[int, bytes]:
         """(number, X25519 public key) of the newest key epoch. Raises `IntegrityError`."""
-        names = self.storage.list_names(EPOCHS)
-        if not names:
+        numbers = numbered(self.storage.list_names(EPOCHS))
+        if not numbers:
             raise IntegrityError("the repository has no key epoch left", hint="restore epochs/ from a copy")
-        name = max(names)
-        raw = self.storage.read(name, 0, MAX_SMALL_JSON + 1)
+        name = keys.epoch_name(max(numbers))
+        raw = self.storage.read(EPOCHS + name, 0, MAX_SMALL_JSON + 1)
         verify_key = bytes.fromhex(self.config.verify_key)
-        return keys.parse_epoch(raw, name.removeprefix(EPOCHS), self.id, verify_key)
+        return keys.parse_epoch(raw, name, self.id, verify_key)
 
     def open_envelope(self, envelope: bytes) -> tuple[int, bytes]:
         """(cipher, session key), remembered. Raises `WrongKey`, `IntegrityError`."""

@@ -26,6 +26,7 @@ from imager.repository.format import (
     SessionObject,
     canonical,
     now,
+    numbered,
     pack_object,
 )
 from imager.repository.keys import seal_session_key
@@ -118,7 +119,8 @@ class Session:
         self._lock = threading.Lock()
         self._sequence = 0
         self._objects = 0
-        self._staged: dict[_native.PackWriter, tuple[Staged, int]] = {}
+        self._staged: dict[int, tuple[Staged, int]] = {}
+        "Packs by number: not handed in yet, or not durable yet."
         self._ended = False
         epoch = 0
         if repository.sealed:
@@ -126,11 +128,15 @@ class Session:
             epoch, public = repository.newest_epoch()
             self.key = os.urandom(32)
             self.envelope = seal_session_key(
-                self.key, cipher=cipher, epoch=epoch, public=public, session=identity, repository=repository.id
+                self.key,
+                cipher=cipher,
+                epoch=epoch,
+                public=public,
+                session=identity,
+                repository=repository.id,
             )
             self._handle = repository.adopt_key(self.envelope, cipher, self.key)
-        condemned = repository.storage.list_names(CONDEMNED)
-        generation = max((int(name.removeprefix(CONDEMNED), 16) for name in condemned), default=0)
+        generation = max(numbered(repository.storage.list_names(CONDEMNED)), default=0)
         announcement = canonical(
             SessionObject(
                 self.id, repository.config.repository, now(), epoch, host, os.getpid(), generation
@@ -161,7 +167,7 @@ class Session:
                     number=self.repository.names.reserve(),
                 )
                 self._sequence += 1
-                self._staged[writer] = (staged, kind)
+                self._staged[writer.number] = (staged, kind)
         except BaseException:
             staged.discard()
             raise
@@ -182,10 +188,10 @@ class Session:
         under way. Raises what an earlier one ended with.
         """
         with self._lock:
-            staged, kind = self._staged[pack]
+            staged, kind = self._staged[pack.number]
         if not pack.records:
             with self._lock:
-                del self._staged[pack]
+                del self._staged[pack.number]
             staged.discard()
             return None
         try:
@@ -193,9 +199,15 @@ class Session:
         except _native.WriteError as error:
             raise writing_failed(self.repository, error) from error
         self.repository.names.resolve(pack.number, name)
-        self._publisher.add(lambda: staged.publish(pack_object(kind, name)))
+        number = pack.number
+
+        def job() -> None:
+            staged.publish(pack_object(kind, name))
+            with self._lock:
+                del self._staged[number]
+
+        self._publisher.add(job)
         with self._lock:
-            del self._staged[pack]  # From here on the job owns it: it publishes, or the next line discards.
             self._objects += 1
             self.stored += size
         return name
@@ -222,9 +234,9 @@ class Session:
 
     def commit(self, manifest: bytes) -> None:
         """Make the set exist. Raises `Locked` where the session was declared dead, or the first error."""
+        self.drain()
         if self._staged:
             raise ValueError("commit with packs that were not sealed")
-        self.drain()
         storage = self.repository.storage
         try:
             storage.create(SETS + self.id, manifest)
