@@ -75,10 +75,14 @@ def refused(target: str, *codes: str, **request: object) -> Verdict:
     return verdict
 
 
-def mount(source: str, folder: Path, undo: ExitStack) -> None:
+def mount(source: str, folder: Path, undo: ExitStack, *inside: str) -> None:
+    """Mount, make folders inside, and go read-only: the kernel writes nothing while hashes are compared."""
     folder.mkdir()
     command.run(["mount", source, str(folder)])
     undo.callback(command.run, ["umount", str(folder)])
+    for name in inside:
+        (folder / name).mkdir()
+    command.run(["mount", "-o", "remount,ro", str(folder)])
 
 
 def ext4(device: str) -> None:
@@ -119,8 +123,7 @@ def test_mounted(disk: Attach, tmp_path: Path, undo: ExitStack) -> None:
 def test_mounted_twice_names_both(disk: Attach, tmp_path: Path, undo: ExitStack) -> None:
     device = disk()
     ext4(device.path)
-    mount(device.path, tmp_path / "mnt", undo)
-    (tmp_path / "mnt" / "sub").mkdir()
+    mount(device.path, tmp_path / "mnt", undo, "sub")
     (tmp_path / "bound").mkdir()
     command.run(["mount", "--bind", str(tmp_path / "mnt" / "sub"), str(tmp_path / "bound")])
     undo.callback(command.run, ["umount", str(tmp_path / "bound")])
@@ -192,7 +195,7 @@ def test_a_btrfs_on_two_devices(disk: Attach, tmp_path: Path, undo: ExitStack) -
     command.run(["mkfs.btrfs", "-q", "-f", "-d", "single", "-m", "raid1", one.path, other.path])
     (tmp_path / "mnt").mkdir()
     try:
-        command.run(["mount", "-o", f"device={other.path}", one.path, str(tmp_path / "mnt")])
+        command.run(["mount", "-o", f"ro,device={other.path}", one.path, str(tmp_path / "mnt")])
     except ImagerError as error:
         pytest.skip(f"no btrfs here: {error}")
     undo.callback(command.run, ["umount", str(tmp_path / "mnt")])
@@ -222,9 +225,8 @@ def test_the_disk_of_the_running_system() -> None:
 def test_the_disk_of_the_repository(disk: Attach, tmp_path: Path, undo: ExitStack) -> None:
     device = disk(table=True)
     ext4(f"{device.path}p1")
-    mount(f"{device.path}p1", tmp_path / "mnt", undo)
+    mount(f"{device.path}p1", tmp_path / "mnt", undo, "repo")
     repository = tmp_path / "mnt" / "repo"
-    repository.mkdir()
     refused(device.path, "repository", repository_path=repository)
     refused(f"{device.path}p2", "repository", repository_path=repository)
     refused(f"{device.path}p2", "repository", repository_path=repository / "not yet")
