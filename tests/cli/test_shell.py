@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pty
-import select
 import signal
 import subprocess
 import time
@@ -14,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from imager import errors
+from tests.cli.terminal import on_a_terminal
 
 
 def test_options_before_and_after_the_verb(imager, repository: Path, tmp_path: Path) -> None:
@@ -120,32 +119,6 @@ def test_completion_completes(imager) -> None:
         check=False,
     )
     assert "plain,restore" in done.stdout.split()
-
-
-def on_a_terminal(imager, *arguments: str | Path, typed: bytes = b"", env: dict[str, str] | None = None):
-    """Run on a pseudo-terminal; (exit code, all that it showed). `typed` is sent when something is asked."""
-    process, terminal = pty.fork()
-    if process == 0:
-        os.execve(
-            imager.argv()[0], imager.argv(*arguments), {**imager.environment, "TERM": "xterm", **(env or {})}
-        )
-    shown = b""
-    sent = not typed
-    while True:
-        if not select.select([terminal], [], [], 60)[0]:
-            break
-        try:
-            data = os.read(terminal, 65536)
-        except OSError:
-            break
-        if not data:
-            break
-        shown += data
-        if not sent and shown.rstrip(b" ").endswith(b":"):
-            os.write(terminal, typed + b"\n")
-            sent = True
-    os.close(terminal)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), shown.decode()
 
 
 def test_colours_on_a_terminal(imager) -> None:

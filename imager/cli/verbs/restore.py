@@ -72,7 +72,7 @@ def command(
                 for line in plan.describe():
                     shell.print(line)
             return EXIT_DONE
-        summary = restore.execute(repository, plan, reporter, confirmation=_ask(shell, plan))
+        summary = restore.execute(repository, plan, reporter, confirmation=_ask(plan, confirm_device))
     if shell.json:
         shell.message("summary", summary)
     else:
@@ -87,9 +87,10 @@ def command(
     return EXIT_INCOMPLETE if summary.unreadable else EXIT_DONE
 
 
-def _ask(shell: Shell, plan: RestorePlan) -> str | None:
+def _ask(plan: RestorePlan, confirm_device: str | None) -> str | None:
     """What the person at the terminal typed to confirm the target; None where nobody was asked."""
-    if not plan.needs_confirmation or not sys.stdin.isatty() or not sys.stderr.isatty():
+    settled = not plan.needs_confirmation or confirm_device is not None
+    if settled or not sys.stdin.isatty() or not sys.stderr.isatty():
         return None
     for line in plan.describe():
         sys.stderr.write(line + "\n")
