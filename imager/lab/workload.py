@@ -148,9 +148,11 @@ class Filler:
 
     def _links(self, short: bool) -> None:
         self._folder("links")
-        for number, target in enumerate(sorted((self.root / "logs").iterdir())[:6]):
-            os.link(target, self.root / f"links/hard-{number}")
-            (self.root / f"links/soft-{number}").symlink_to(f"../logs/{target.name}")
+        for number in range(6):
+            name = f"links/name-{number}"
+            self._file(name, self._prose.write(3000 * number))
+            os.link(self.root / name, self.root / f"links/also-{number}")
+            (self.root / f"links/soft-{number}").symlink_to(f"../links/name-{number}")
             self.stock.hard_links += 1
             self.stock.symlinks += 1
         # mkfs.xfs gives a link that needs a block of its own (some 300 bytes) a wrong checksum
