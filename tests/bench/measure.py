@@ -8,6 +8,7 @@ every tool alike, so no tool waits for a reader.
 from __future__ import annotations
 
 import os
+import signal
 import statistics
 import subprocess
 import tempfile
@@ -42,11 +43,12 @@ def run(command: Sequence[str], env: Mapping[str, str] | None = None, cwd: Path 
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=err,
+            process_group=0,
         )
         try:
             _, status, usage = os.wait4(process.pid, 0)
         except BaseException:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             raise
         seconds = time.perf_counter() - began

@@ -28,7 +28,7 @@ class Change:
 
     @property
     def saved(self) -> Path:
-        """Kept in a file: the kernel would count it into the peak memory of every process started from here."""
+        """A file: the kernel counts this process's peak memory into that of every process it starts."""
         return self.image.with_name(self.image.name + ".before")
 
     @property
