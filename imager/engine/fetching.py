@@ -1,0 +1,137 @@
+"""Getting blocks out of packs, in pack order, a slice at a time.
+
+Invariant: a block that cannot be had intact is named by its place in the
+image and is never written; the rest of its slice is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from imager._native import Failure, Gather, Slots, fetch
+from imager.engine.compare import Geometry
+from imager.errors import IntegrityError
+from imager.events import Reporter
+from imager.extents import Extents
+from imager.repository.repository import Repository
+from imager.units import MIB
+
+SLICE_BYTES = 96 * MIB
+"Image bytes between two reports of progress."
+Readers = dict[int, tuple[int, Sequence[int | None]]]
+_PACKS = 256
+"Packs of one slice: each is an open descriptor."
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """A part of a disk that the repository cannot give back. `start` and `length` in bytes."""
+
+    disk: str
+    start: int
+    length: int
+    reason: str
+    pack: str | None = None
+
+
+def gather_of(pieces: Iterable[tuple[int, Slots]], within: Extents | None = None) -> Gather:
+    """The data blocks of `pieces` (first block, slots), in pack order; only those of `within` where given."""
+    gather = Gather()
+    for first, slots in pieces:
+        if within is None:
+            gather.add(first, slots)
+        else:
+            gather.add_ranges(first, slots, (within & Extents(((first, first + len(slots)),))).ranges)
+    gather.sort()
+    return gather
+
+
+class Fetcher:
+    """Fetches gathered blocks of one image, to a target or for their check alone."""
+
+    def __init__(
+        self,
+        repository: Repository,
+        disk: str,
+        geometry: Geometry,
+        reporter: Reporter,
+        *,
+        target: int | None = None,
+        threads: int = 0,
+    ) -> None:
+        self._repository = repository
+        self._disk = disk
+        self._geometry = geometry
+        self._reporter = reporter
+        self._target = target
+        self._threads = threads
+
+    def slices(self, gather: Gather) -> Iterator[list[Damage]]:
+        """Fetch a slice each time; yields what was damaged in it. Raises `WriteError`, `StorageError`."""
+        most = max(1, SLICE_BYTES // self._geometry.block_size)
+        start, total = 0, len(gather)
+        while start < total:
+            end = gather.slice_end(start, most)
+            packs = gather.packs(start, end)
+            while len(packs) > _PACKS and end > start + 1:
+                end = start + (end - start) // 2
+                packs = gather.packs(start, end)
+            yield self._slice(gather, start, end, packs)
+            start = end
+
+    def _slice(self, gather: Gather, start: int, end: int, packs: list[int]) -> list[Damage]:
+        reasons: dict[int, str] = {}
+        try:
+            with self._repository.packs(packs) as readers:
+                failures = self._fetch(gather, start, end, {**readers})
+        except IntegrityError:
+            whole = [pack for pack in packs if not self._broken(pack, reasons)]
+            with self._repository.packs(whole) as readers:
+                failures = self._fetch(gather, start, end, {**readers})
+        return [damage for failure in failures for damage in self._damage(failure, reasons)]
+
+    def _fetch(self, gather: Gather, start: int, end: int, readers: Readers) -> list[Failure]:
+        done, failures = fetch(
+            self._repository.vault,
+            readers,
+            gather,
+            start,
+            end,
+            image_size=self._geometry.size,
+            block_size=self._geometry.block_size,
+            target=self._target,
+            threads=self._threads,
+        )
+        self._reporter.advance(done)
+        return failures
+
+    def _broken(self, pack: int, reasons: dict[int, str]) -> bool:
+        """Whether a pack cannot be opened at all; why, goes into `reasons`."""
+        try:
+            self._repository.pack_reader(pack)
+            return False
+        except IntegrityError as error:
+            reasons[pack] = error.message
+            return True
+
+    def _damage(self, failure: Failure, reasons: dict[int, str]) -> Iterator[Damage]:
+        name = self._repository.names.name(failure.pack)
+        blocks = Extents.of((block, block + 1) for block in failure.blocks)
+        for start, end in self._geometry.extents(blocks):
+            reason = reasons.get(failure.pack, failure.reason)
+            yield Damage(self._disk, start, end - start, reason, name.hex() if name else None)
+
+
+def merged(damage: Iterable[Damage]) -> tuple[Damage, ...]:
+    """By disk and place, neighbours of one reason and pack joined."""
+    out: list[Damage] = []
+    for one in sorted(damage, key=lambda one: (one.disk, one.start)):
+        last = out[-1] if out else None
+        alike = last and (last.disk, last.reason, last.pack) == (one.disk, one.reason, one.pack)
+        if last and alike and last.start + last.length >= one.start:
+            length = max(last.length, one.start + one.length - last.start)
+            out[-1] = Damage(one.disk, last.start, length, one.reason, one.pack)
+        else:
+            out.append(one)
+    return tuple(out)

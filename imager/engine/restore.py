@@ -1,0 +1,251 @@
+"""Restore: a disk of a set onto a device or into a file, read back and compared.
+
+Invariant: a target that is not whole does not look whole: its first MiB is
+cleared first and written last, after all else is on the medium and, unless
+told otherwise, has been read back equal. Nothing is written before the guard
+has let the target through, and a damaged block is never written.
+"""
+
+from __future__ import annotations
+
+import time
+
+from imager._native import WriteError
+from imager.device import guard
+from imager.engine.compare import Comparer
+from imager.engine.fetching import Damage, Fetcher, gather_of, merged
+from imager.engine.restore_plan import (
+    SHOWN,
+    Planned,
+    RestoreOptions,
+    RestorePlan,
+    RestoreSummary,
+    plan,
+)
+from imager.engine.target import HEAD, Target
+from imager.engine.windows import Window, pieces
+from imager.errors import IntegrityError, Interrupted, TargetError
+from imager.events import Reporter
+from imager.extents import Extents
+from imager.repository.repository import Repository
+from imager.units import format_duration, format_size
+
+__all__ = ["RestoreOptions", "RestorePlan", "RestoreSummary", "execute", "plan"]
+
+_MANY = 1 << 16
+"Written ranges that are remembered one by one; beyond, gaps between them are read back too."
+
+
+def execute(
+    repository: Repository, plan: RestorePlan, reporter: Reporter, confirmation: str | None = None
+) -> RestoreSummary:
+    """Carry out a plan. `confirmation` is what the person typed, None where nobody was asked.
+
+    Raises `NotConfirmed` and `GuardRefused` (nothing was written), `TargetError`
+    where the target fails, `IntegrityError` where blocks are damaged, `Interrupted`.
+    After an error the target is incomplete: its first MiB is empty.
+    """
+    if not isinstance(plan, Planned):
+        raise TypeError("a plan comes from plan()")
+    begun = time.monotonic()
+    confirmed = guard.confirm(plan.verdict, typed=confirmation, confirm_device=plan.options.confirm_device)
+    for warning in plan.warnings:
+        reporter.warn(warning)
+    with guard.open_target(confirmed) as guarded:
+        target = Target(guarded)
+        if guarded.created:
+            info = guarded.identity
+            plan.journal.place(info.dev, info.inode)
+        run = _Run(plan, target, reporter)
+        try:
+            run.all()
+        except (KeyboardInterrupt, Interrupted) as error:
+            raise Interrupted(
+                f"interrupted: {plan.target} is incomplete, its first {format_size(HEAD)} are empty",
+                hint="the same command with --resume goes on where it stopped",
+            ) from error
+        except WriteError as error:
+            raise target.failed(None, error) from error
+        finally:
+            target.close()
+        saved = guarded.saved_table
+    plan.journal.remove()
+    seconds = time.monotonic() - begun
+    if plan.verify:
+        reporter.note(f"{plan.target} was read back and is equal ({format_duration(seconds)})")
+    return RestoreSummary(
+        set=plan.set,
+        name=plan.name,
+        disk=plan.disk,
+        target=plan.target,
+        mode=plan.mode,
+        size=plan.size,
+        bytes_written=run.written_bytes,
+        bytes_zeroed=run.zeroed_bytes,
+        bytes_kept=plan.size - run.written_bytes - run.zeroed_bytes,
+        verified=plan.verify,
+        seconds=round(seconds, 3),
+        left_alone=plan.left_alone,
+        saved_table=str(saved) if saved else None,
+        unreadable=plan.unreadable,
+    )
+
+
+class _Run:
+    """One restore under way."""
+
+    def __init__(self, plan: Planned, target: Target, reporter: Reporter) -> None:
+        self.plan = plan
+        self.image = plan.image
+        self.geometry = plan.image.geometry
+        self.target = target
+        self.reporter = reporter
+        self.written_bytes = 0
+        self.zeroed_bytes = 0
+        self.written: list[tuple[int, int]] = []  # what a delta wrote, in blocks
+        self.keep = plan.mode != "full"
+        self.cleared = False
+        blocks = self.geometry.blocks
+        self.head = min(blocks, -(-HEAD // self.geometry.block_size))
+        self.body = Extents.of([(self.head, blocks)])
+        repository = plan.image.repository
+        self.fetcher = Fetcher(
+            repository,
+            plan.disk,
+            self.geometry,
+            reporter,
+            target=target.fd,
+            threads=plan.options.threads,
+        )
+        self.comparer = Comparer(
+            repository.vault,
+            self.geometry,
+            target.reader(plan.size),
+            reporter,
+            plan.options.threads,
+        )
+
+    def all(self) -> None:
+        self.target.prepare(self.plan.size, keep=self.keep)
+        if self.plan.mode != "delta":
+            self.clear_head()
+        else:
+            self.target.forget()  # what is compared must come from the medium, too
+        names = {"full": "writing", "delta": "comparing and writing", "resume": "writing the rest"}
+        self.reporter.phase(names[self.plan.mode], self.plan.size)
+        head = self.write_body()
+        self.reporter.end()
+        if self.plan.verify:
+            self.target.forget()
+            self.check_body()
+        else:
+            self.target.flush()
+        self.write_head(head)
+
+    def clear_head(self) -> None:
+        """From here on the target is incomplete, and looks it."""
+        if not self.cleared:
+            self.cleared = True
+            self.target.zero(0, self.geometry.length(0, self.head))
+            self.target.flush()
+
+    # -- the body ------------------------------------------------------------
+
+    def write_body(self) -> Extents:
+        """Write all but the head; returns the blocks of the head that are to be written."""
+        head = Extents.of([(0, self.head)])
+        for window in self.image.windows():
+            here = Extents.of([(window.first, window.end)])
+            body = here & self.body
+            if not here - self.plan.journal.done:
+                self.reporter.advance(self.geometry.total(here))
+                continue
+            if self.plan.mode == "delta" or (self.plan.mode == "resume" and here & self.plan.journal.begun):
+                differing = self.comparer.differing(window)
+                if window.first == 0 and not self.cleared:
+                    head = differing & head
+                if not differing & self.body:
+                    continue
+                self.clear_head()
+                self.plan.journal.begin(window.first, window.end)
+                self.write(window, differing & self.body, counted=True)
+            else:
+                self.plan.journal.begin(window.first, window.end)
+                self.write(window, body, counted=False)
+            self.target.flush()
+            self.plan.journal.finish()
+        return Extents.of([(0, self.head)]) if self.cleared else head
+
+    def write(self, window: Window, blocks: Extents, *, counted: bool) -> None:
+        """Write `blocks` of a window. `counted`: the reporter knows of them from the comparison."""
+        for start, end in Extents.of(window.zeroes()) & blocks:
+            length = self.geometry.length(start, end)
+            if self.keep or self.target.is_device:
+                self.target.zero(start * self.geometry.block_size, start * self.geometry.block_size + length)
+                self.zeroed_bytes += length
+            if not counted:
+                self.reporter.advance(length)
+        gather = gather_of(pieces(window), blocks)
+        length = self.geometry.block_size * gather.blocks
+        for damage in self.fetcher.slices(gather):
+            if damage:
+                raise _damaged(self.plan, merged(damage))
+        self.written_bytes += min(length, self.plan.size)
+        self.remember(blocks)
+
+    def remember(self, blocks: Extents) -> None:
+        self.written += blocks
+        if len(self.written) > _MANY:
+            pairs = zip(self.written[::2], self.written[1::2], strict=False)
+            self.written = [(first[0], last[1]) for first, last in pairs] + self.written[
+                len(self.written) & ~1 :
+            ]
+
+    def check_body(self) -> None:
+        """Read back what was written. In a delta the rest was read just now."""
+        blocks = Extents.of(self.written) & self.body if self.plan.mode == "delta" else self.body
+        if not blocks:
+            return
+        self.reporter.phase("reading back", self.geometry.total(blocks))
+        for window in self.image.part(blocks):
+            self.expect_none(self.comparer.differing(window))
+        self.reporter.end()
+
+    def expect_none(self, differing: Extents) -> None:
+        if differing:
+            places = self.geometry.extents(differing)
+            raise TargetError(
+                f"{self.plan.target} reads back otherwise than it was written: {_listed(places)}",
+                hint="the target does not keep what is written to it: do not use it; "
+                "after a --resume, try once more with --delta",
+            )
+
+    # -- the head ------------------------------------------------------------
+
+    def write_head(self, blocks: Extents) -> None:
+        """The first MiB, last: from here on the target is whole."""
+        if not blocks:
+            return
+        for window in self.image.part(blocks):
+            self.write(window, blocks, counted=True)
+        self.target.flush()
+        if self.plan.verify:
+            self.target.forget()
+            for window in self.image.part(Extents.of([(0, self.head)])):
+                self.expect_none(self.comparer.differing(window))
+
+
+def _damaged(plan: RestorePlan, damage: tuple[Damage, ...]) -> IntegrityError:
+    places = Extents.of((one.start, one.start + one.length) for one in damage)
+    reasons = "; ".join(dict.fromkeys(f"{one.reason} (pack {one.pack})" for one in damage[:3]))
+    return IntegrityError(
+        f"stored blocks of {plan.disk} are damaged: {_listed(places)}: {reasons}; "
+        f"{plan.target} is incomplete, its first {format_size(HEAD)} are empty",
+        hint=f"imager verify {plan.set[:8]} names all that is damaged; restore another set",
+    )
+
+
+def _listed(extents: Extents) -> str:
+    shown = ", ".join(f"{end - start} bytes at {start}" for start, end in extents.ranges[:SHOWN])
+    more = len(extents) - SHOWN
+    return shown + (f" and {more} more extents" if more > 0 else "")

@@ -1,0 +1,131 @@
+"""A restore's target, open for writing: zeroing, flushing, reading back.
+
+Invariant: a range that `zero` has handled reads as zeroes: a hole of a file,
+or a device's zeroing as the kernel guarantees it, or zeroes written. A
+discard, which guarantees nothing, is never used. The first `HEAD` bytes are
+cleared before anything else is written and filled in last, so that a target
+that is not whole never looks like a disk or a filesystem.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from imager._native import WriteError
+from imager.device import blockio
+from imager.device.guard import Guarded
+from imager.engine.compare import Readable
+from imager.errors import TargetError
+from imager.units import MIB, format_size
+
+HEAD = MIB
+_NOT_SO = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL, errno.EPERM, errno.ENOTTY)
+
+
+class Target:
+    """A guarded device or file. Every failure is a `TargetError` that names target and offset."""
+
+    def __init__(self, guarded: Guarded) -> None:
+        self.guarded = guarded
+        self.fd = guarded.fd
+        self.path = guarded.path
+        self.is_device = guarded.identity.is_device
+        self._punch = True
+        self._reader = -1
+
+    def prepare(self, size: int, *, keep: bool) -> None:
+        """Give a file its size, empty unless its content is to be kept. A device has its size."""
+        if self.is_device:
+            return
+        try:
+            if not keep:
+                os.ftruncate(self.fd, 0)
+            os.ftruncate(self.fd, size)
+        except OSError as error:
+            hint = "this filesystem's files cannot be that large" if error.errno == errno.EFBIG else None
+            raise TargetError(
+                f"cannot give {self.path} its size of {format_size(size)}: {error.strerror}", hint=hint
+            ) from error
+
+    def zero(self, start: int, end: int) -> None:
+        """Make `[start, end)` read as zeroes, in the cheapest way that guarantees it."""
+        if start >= end:
+            return
+        if self._punch:
+            # On a device this is the kernel's zeroing by unmapping: allowed to be refused, not to be wrong.
+            mode = blockio.FALLOC_FL_PUNCH_HOLE | blockio.FALLOC_FL_KEEP_SIZE
+            try:
+                blockio.fallocate(self.fd, mode, start, end - start)
+                return
+            except OSError as error:
+                if error.errno not in _NOT_SO:
+                    raise self.failed(start, error) from error
+                # A range that is no multiple of the sector is refused by itself; others need not be.
+                self._punch = error.errno == errno.EINVAL
+        try:
+            blockio.zero_range(self.fd, start, end - start)
+        except OSError as error:
+            raise self.failed(start, error) from error
+
+    def flush(self) -> None:
+        """All that was written is on the medium."""
+        try:
+            blockio.flush(self.fd)
+        except OSError as error:
+            raise TargetError(
+                f"{self.path} did not take what was written: {error.strerror}",
+                hint="the target may be failing; see the kernel's log (dmesg), and try another one",
+            ) from error
+
+    def forget(self) -> None:
+        """Flush, and drop cached pages, so that what is read next comes from the medium."""
+        self.flush()
+        try:
+            blockio.drop_cache(self.fd)
+        except OSError as error:
+            raise TargetError(f"{self.path}: {error.strerror}") from error
+
+    def reader(self, size: int) -> Readable:
+        """The target for reading back, past the page cache where it can be read so."""
+        if self._reader < 0:
+            try:
+                self._reader = os.open(self.guarded.proc_path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+                direct = True
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise TargetError(f"cannot read {self.path} back: {error.strerror}") from error
+                self._reader = os.open(self.guarded.proc_path, os.O_RDONLY | os.O_CLOEXEC)
+                direct = False
+            self._direct = direct and not self._coarse(self._reader)
+            if direct and not self._direct:
+                os.close(self._reader)
+                self._reader = os.open(self.guarded.proc_path, os.O_RDONLY | os.O_CLOEXEC)
+        return Readable(self._reader, self.path, size, self._direct, not self.is_device, TargetError)
+
+    def _coarse(self, fd: int) -> bool:
+        """Whether direct reads need more than the 4 KiB that every image's blocks are multiples of."""
+        need = blockio.alignment(fd)
+        return max(need.memory, need.offset) > 4096
+
+    def failed(self, offset: int | None, error: OSError) -> TargetError:
+        """The error for a write that failed at `offset`."""
+        return failed(self.path, offset, error)
+
+    def close(self) -> None:
+        if self._reader >= 0:
+            os.close(self._reader)
+            self._reader = -1
+
+
+def failed(path: str, offset: int | None, error: OSError) -> TargetError:
+    """What a failing write means."""
+    if isinstance(error, WriteError) and isinstance(error.filename, int):
+        offset = error.filename  # the core keeps the offset where OSError keeps a file's name
+    where = f" at byte {offset}" if offset is not None else ""
+    hint = "the target may be failing; see the kernel's log (dmesg), and try another one"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        hint = "make room, then go on with --resume"
+    if error.errno == errno.EFBIG:
+        hint = "this filesystem's files cannot be that large"
+    return TargetError(f"{path} cannot be written{where}: {error.strerror or error}", hint=hint)
