@@ -534,11 +534,11 @@ class Repository:
                     found.append(one)
             except (Damaged, WrongKey) as error:
                 fault = error
-        if fault and (found or text == "latest"):  # what cannot be read may be the latest
+        starts = [set_id for set_id in self.names("sets", 16) if text and set_id.hex().startswith(text)]
+        if fault and (found or not starts):  # what cannot be read may be the one, or the latest
             raise type(fault)(f"which set is {text!r}? name it by its id, for one cannot be read: {fault}")
         if found:
             return max(found, key=lambda one: (one.public["created"], one.public["sequence"], one.set))
-        starts = [set_id for set_id in self.names("sets", 16) if text and set_id.hex().startswith(text)]
         sets = [one for one in map(self.manifest, starts) if one]
         if len(sets) != 1:
             what = "several image sets begin with" if sets else "there is no image set"

@@ -107,7 +107,8 @@ def records() -> list[Json]:
             nonce = NONCE if sealer else bytes(12)
             data = w.record(REPOSITORY, kind, codec, name, plain, coded, sealer, nonce, public)
             made.append({"repository": REPOSITORY, "kind": kind, "codec": codec, "id": name,
-                         "plain_length": plain, "coded": coded, "public": public, "cipher": sealer.cipher if sealer else 0,
+                         "plain_length": plain, "coded": coded, "public": public,
+                         "cipher": sealer.cipher if sealer else 0,
                          "session_key": SESSION_KEY if sealer else b"",
                          "envelope_number": sealer.number if sealer else w.PLAIN, "nonce": nonce,
                          "head": data[:64], "payload": data[64:], "payload_b3": b3(data[64:])})  # fmt: skip
@@ -173,7 +174,8 @@ def packs() -> list[Json]:
 
 
 def index_segments() -> list[Json]:
-    """Index segments of `count` entries: entry i has id B3(u32 i), pack i mod packs, offset 80 + 100i, 100 + i.
+    """Index segments of `count` entries: entry i has id B3(u32 i), pack i mod packs, offset
+    80 + 100i, length 100 + i.
 
     Pack i is named B3("pack" ‖ u32 i). `pages` are the file's pages of 4096 bytes, each without its last
     zero bytes.
@@ -193,7 +195,8 @@ def manifests() -> list[Json]:
     """Manifests, with a compressed body given."""
     root = {"pack": fill(32, 1).hex(), "offset": 176, "length": 400, "id": fill(32, 2).hex(), "level": 0}
     public: Json = {"repository": REPOSITORY.hex(), "set": SESSION.hex(), "version": 1}
-    public |= {"features": [], "created": TIME, "lineage": w.lineage(ID_KEY, "höst", "db").hex(), "sequence": 2, "roots": [root, None]}
+    public |= {"features": [], "created": TIME}
+    public |= {"lineage": w.lineage(ID_KEY, "höst", "db").hex(), "sequence": 2, "roots": [root, None]}
     public |= {"previous": {"set": SLOT.hex(), "digest": fill(32, 3).hex()}}
     body = zlib.compress(canonical({"name": "db", "host": "höst"}), 0)  # stored: the same with any zlib
     made = []
