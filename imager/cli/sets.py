@@ -14,18 +14,17 @@ if TYPE_CHECKING:
 
 def document(manifest: Manifest) -> dict[str, Any]:
     """The set for `--json`. With a key that can only write, the fields of the sealed part are missing."""
-    import msgspec
+    from imager.cli.shell import plain
 
-    public = manifest.public
     fields: dict[str, Any] = {
         "set": manifest.id,
         "created": manifest.created,
         "lineage": manifest.lineage,
         "sequence": manifest.sequence,
-        "previous": msgspec.to_builtins(public.previous),
+        "previous": plain(manifest.previous),
         "digest": manifest.digest.hex(),
         "readable": manifest.body is not None,
     }
     if manifest.body is not None:
-        fields |= msgspec.to_builtins(manifest.body)
+        fields |= plain(manifest.body)
     return fields

@@ -57,10 +57,7 @@ class Shell:
 
     def message(self, message_type: str, value: object) -> None:
         """A line of the JSON stream of a long job."""
-        import msgspec
-
-        fields: Mapping[str, Any] = msgspec.to_builtins(value)
-        self.document({"message_type": message_type, **fields})
+        self.document({"message_type": message_type, **plain(value)})
 
     def reporter(self, *, long_job: bool = True) -> TerminalReporter:
         """The reporter that the settings ask for. `long_job`: with `--json`, events join the stream."""
@@ -100,16 +97,26 @@ class Shell:
         return Repository.begin(open_storage(place), self.credentials(), writing=writing)
 
 
-def encode(value: object) -> str:
-    """Compact JSON. Bytes become hexadecimal digits, as everywhere in the tool."""
-    import msgspec
-
-    return msgspec.json.encode(value, enc_hook=_plain).decode()
-
-
-def _plain(value: object) -> object:
+def plain(value: Any) -> Any:
+    """`value` as JSON knows it: extents as `[start, length]`, bytes as hexadecimal digits."""
     from imager.extents import Extents
 
     if isinstance(value, Extents):
         return [[start, end - start] for start, end in value]
-    raise TypeError(f"{type(value).__name__} has no JSON form")
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, Mapping):
+        return {key: plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple | frozenset):
+        return [plain(one) for one in value]
+    names = getattr(value, "__dataclass_fields__", None) or getattr(value, "__struct_fields__", None)
+    if names is not None:
+        return {name: plain(getattr(value, name)) for name in names}
+    return value
+
+
+def encode(value: object) -> str:
+    """Compact JSON of anything that `plain` understands."""
+    import msgspec
+
+    return msgspec.json.encode(plain(value)).decode()

@@ -25,18 +25,19 @@ from imager.errors import EXIT_DONE, EXIT_FAILED
 def command(shell: Shell, a: str, b: str, form: str) -> int:
     """Show the extents that differ between A and B.
 
-    Each is a set, or a device or file (a name with a slash). Exit 0 where they
-    are equal, 1 where they differ.
+    Each is a set, or a device or file (a name with a slash). The text form has
+    a line for each extent: start and length in bytes. Exit 0 where they are
+    equal, 1 where they differ.
     """
-    opening = None if "/" in a and "/" in b else shell.open()
-    from imager.changes import formats
     from imager.engine import diff
 
+    opening = None if diff.is_file(a) and diff.is_file(b) else shell.open()
     with shell.reporter(long_job=False) as reporter:
-        repository = opening.unlock() if opening else None
-        summary = diff.diff(repository, a, b, reporter)
+        summary = diff.diff(opening.unlock() if opening else None, a, b, reporter)
     if shell.json or form == "json":
         shell.document(summary)
     else:
-        sys.stdout.write(formats.write(summary, form))
+        from imager.changes import formats
+
+        sys.stdout.write(formats.render(form, summary.extents, summary.size).decode())
     return EXIT_FAILED if summary.differs else EXIT_DONE

@@ -12,8 +12,15 @@ from imager.errors import EXIT_DONE, EXIT_FAILED
 
 @verb("lab")
 @click.option("--size", type=SIZE, metavar="SIZE", help="Size of the disk that is built.")
-@click.option("--keep", metavar="DIR", help="Work in DIR and leave everything there to look at.")
-def command(shell: Shell, size: int | None, keep: str | None) -> int:
+@click.option(
+    "--keep", metavar="DIR", help="Work in DIR, new or empty, and leave everything there to look at."
+)
+@click.option("--workdir", metavar="DIR", help="Make the temporary folder in DIR.")
+@click.option("--files-only", is_flag=True, help="No loop devices and mounts, even as root.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Of the content that is generated.")
+def command(
+    shell: Shell, size: int | None, keep: str | None, workdir: str | None, files_only: bool, seed: int
+) -> int:
     """Build a partitioned disk in loopback files, and rehearse everything on it.
 
     Full backup, changes, incremental, differential, restore, comparison, file
@@ -22,7 +29,13 @@ def command(shell: Shell, size: int | None, keep: str | None) -> int:
     """
     from imager import lab
 
-    options = lab.LabOptions(**{k: v for k, v in {"size": size, "keep": keep}.items() if v is not None})
+    options = lab.LabOptions(
+        size=lab.DEFAULT_SIZE if size is None else size,
+        keep=keep,
+        workdir=workdir,
+        files_only=files_only,
+        seed=seed,
+    )
     with shell.reporter() as reporter:
         summary = lab.run(options, reporter)
     if shell.json:

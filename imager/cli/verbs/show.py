@@ -13,6 +13,7 @@ from imager.cli.shell import Shell
 from imager.units import format_duration, format_size, format_time
 
 if TYPE_CHECKING:
+    from imager.engine.verified import Verified
     from imager.repository.manifest import Image, Manifest
 
 
@@ -21,16 +22,18 @@ if TYPE_CHECKING:
 def command(shell: Shell, set_text: str) -> None:
     """Show what SET holds: disks, layout, strategy, base, and what was read and stored."""
     opening = shell.open()
+    from imager.engine import verified
     from imager.repository import imageset
 
     repository = opening.unlock()
     selector = imageset.split_selector(set_text)
     manifest = imageset.resolve(repository, selector.set)
     images = [imageset.select_image(manifest, selector.disk)] if selector.disk else list(manifest.images)
+    checked = verified.last(repository.id.hex(), manifest.id)
     if shell.json:
-        shell.document(sets.document(manifest))
+        shell.document({**sets.document(manifest), "verified": checked})
         return
-    for key, value in _facts(manifest):
+    for key, value in (*_facts(manifest), ("verified", _when(checked))):
         shell.print(f"{key + ':':<10} {value}")
     for image in images:
         shell.print()
@@ -48,6 +51,14 @@ def _facts(manifest: Manifest) -> Iterator[tuple[str, str]]:
     if body.tags:
         yield "tags", " ".join(body.tags)
     yield "made by", body.tool
+
+
+def _when(checked: Verified | None) -> str:
+    """When the set was last verified in full on this machine, and how that ended."""
+    if checked is None:
+        return "never on this machine"
+    verdict = "whole" if checked.ok else f"{format_size(checked.damaged)} DAMAGED"
+    return f"{format_time(checked.when / 1e6)}, {verdict}"
 
 
 def _disk(image: Image) -> Iterator[str]:

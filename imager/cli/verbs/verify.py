@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from imager.cli.group import verb
 from imager.cli.options import THREADS
 from imager.cli.shell import Shell
-from imager.errors import EXIT_DONE, EXIT_INTEGRITY
-from imager.units import format_size
+from imager.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTEGRITY
+from imager.units import format_duration, format_rate, format_size
+
+if TYPE_CHECKING:
+    from imager.engine.verify import VerifySummary
 
 
 @verb("verify")
@@ -19,7 +24,7 @@ def command(shell: Shell, set_text: str, against: str | None, threads: int) -> i
     """Read every block of SET back and check its hash.
 
     Exit 30 where something is damaged, with the extents of the disk that a
-    restore could not give back.
+    restore could not give back; exit 1 where only DEVICE differs.
     """
     opening = shell.open()
     from imager.engine import verify
@@ -29,15 +34,24 @@ def command(shell: Shell, set_text: str, against: str | None, threads: int) -> i
     if shell.json:
         shell.message("summary", summary)
     else:
-        for damage in summary.damage:
-            where = f"{damage.disk}: {format_size(damage.length)} at byte {damage.start}"
-            pack = f" (pack {damage.pack})" if damage.pack else ""
-            shell.print(f"damaged: {where}: {damage.reason}{pack}")
-        for disk, start, length in summary.unreadable:
-            shell.print(
-                f"not in the set: {disk}: {format_size(length)} at byte {start}: unreadable at backup"
-            )
-        shell.print(
-            f"{'whole' if summary.ok else 'DAMAGED'}: {summary.blocks} blocks, {format_size(summary.bytes)}"
-        )
-    return EXIT_DONE if summary.ok else EXIT_INTEGRITY
+        _print(shell, summary)
+    if summary.damage:
+        return EXIT_INTEGRITY
+    return EXIT_DONE if summary.ok else EXIT_FAILED
+
+
+def _print(shell: Shell, summary: VerifySummary) -> None:
+    for one in summary.damage:
+        pack = f" (pack {one.pack})" if one.pack else ""
+        shell.print(f"DAMAGED: {one.disk}: {one.length} bytes at {one.start}: {one.reason}{pack}")
+    for disk, start, length in summary.unreadable:
+        shell.print(f"missing: {disk}: {length} bytes at {start} could not be read at backup")
+    for disk, start, length in summary.differing:
+        shell.print(f"differs: {disk}: {length} bytes at {start} are others on {summary.against}")
+    verdict = f"{format_size(summary.damaged_bytes)} DAMAGED" if summary.damage else "every block is whole"
+    if summary.against is not None:
+        different = sum(length for _, _, length in summary.differing)
+        same = f"{format_size(different)} differ from" if different else "equal to"
+        verdict += f", {same} {summary.against}"
+    took = f"in {format_duration(summary.seconds)} ({format_rate(summary.bytes, summary.seconds)})"
+    shell.print(f"{summary.name} {summary.set[:8]}: {verdict}; {format_size(summary.bytes)} of data {took}")
