@@ -34,7 +34,7 @@ def load(repository: Repository, reporter: Reporter | None = None) -> _native.Kn
     known = _native.Known(repository.names)
     for name in segment_names(repository):
         try:
-            _load_one(repository, known, name)
+            load_one(repository, known, name)
         except NotFound:
             continue  # deleted since it was listed
         except IntegrityError as error:
@@ -46,7 +46,11 @@ def load(repository: Repository, reporter: Reporter | None = None) -> _native.Kn
     return known
 
 
-def _load_one(repository: Repository, known: _native.Known, name: str) -> int:
+def load_one(repository: Repository, known: _native.Known, name: str) -> int:
+    """Map one segment into memory; its number of entries.
+
+    Raises `IntegrityError`, `NotFound`, `StorageError`.
+    """
     fd = repository.storage.open(name)
     try:
         return known.load(fd, repository.id)
@@ -77,7 +81,7 @@ def write_segment(session: Session, known: _native.Known, *, reload: bool = Fals
     session.create(name, data)
     if reload:
         session.drain()
-        _load_one(session.repository, known, name)
+        load_one(session.repository, known, name)
     return name
 
 
@@ -101,7 +105,7 @@ def rebuild(repository: Repository, reporter: Reporter) -> tuple[list[str], list
             made.append(name)
 
     names = sorted(repository.pack_names(KIND_DATA))
-    reporter.phase("rebuilding the index", len(names))
+    reporter.phase("rebuilding the index", None)
     for name in names:
         fd = storage.open(pack_object(KIND_DATA, name))
         try:
@@ -114,7 +118,6 @@ def rebuild(repository: Repository, reporter: Reporter) -> tuple[list[str], list
             os.close(fd)
         if known.pending >= SEGMENT_ENTRIES:
             write()
-        reporter.advance(1)
     write()
     reporter.end()
     dropped = [name for name in old if name not in made]

@@ -253,11 +253,16 @@ class Unlocking:
 # --- epochs and envelopes -------------------------------------------------------------
 
 
-def new_epoch(repository: bytes, epoch: int, private: bytes, signing_seed: bytes) -> bytes:
-    """The object `epochs/<epoch>` of a private key."""
+def epoch_public(private: bytes) -> bytes:
+    """The X25519 public key of an epoch's private key."""
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-    public = X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
+    return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
+
+
+def new_epoch(repository: bytes, epoch: int, private: bytes, signing_seed: bytes) -> bytes:
+    """The object `epochs/<epoch>` of a private key."""
+    public = epoch_public(private)
     signature = sign(signing_seed, epoch_message(repository, epoch, public))
     return canonical(Epoch(epoch, public.hex(), repository.hex(), signature.hex()))
 

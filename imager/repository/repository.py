@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from threading import RLock
 
 from imager import _native
-from imager.errors import ImagerError, IntegrityError, NoRepository, UsageError
+from imager.errors import ImagerError, IntegrityError, NoRepository, UsageError, WrongKey
 from imager.repository import keys
 from imager.repository.credentials import Credentials
 from imager.repository.format import (
@@ -55,8 +55,8 @@ from imager.repository.keys import Secrets, Unlocking
 from imager.storage.base import Storage
 from imager.storage.errors import AlreadyExists, Gone, NotFound, StorageError
 
-Reader = tuple[int, Sequence[int]]
-"A pack's descriptor, and the handles of its session keys by envelope number."
+Reader = tuple[int, Sequence[int | None]]
+"A pack's descriptor, and the handles of its session keys by envelope number (None: a key that is not held)."
 
 _OPEN_PACKS = 64
 _CHUNK = 256 << 10
@@ -256,7 +256,9 @@ class Repository:
         prefix = PACKS if kind == KIND_DATA else MAPS
         at = len(prefix) + 3
         return [
-            bytes.fromhex(name[at:]) for name in self.storage.list_names(prefix) if is_pack_name(name[at:])
+            bytes.fromhex(name[at:])
+            for name in self.storage.list_names(prefix)
+            if is_pack_name(name[at:]) and name[at - 3 : at] == f"{name[at : at + 2]}/"
         ]
 
     def packs_present(self) -> int:
@@ -348,13 +350,27 @@ class Repository:
                 envelopes = _native.pack_envelopes(header, self.id)
             except _native.DamagedError as error:
                 raise IntegrityError(f"{self.pack_label(number)} is damaged: {error}") from error
-            return fd, tuple(self.session_key(envelope) for envelope in envelopes)
+            return fd, self._handles_of(envelopes)
         except OSError as error:
             os.close(fd)
             raise StorageError(f"reading {self.pack_label(number)} failed: {error.strerror}") from error
         except BaseException:
             os.close(fd)
             raise
+
+    def _handles_of(self, envelopes: Sequence[bytes]) -> tuple[int | None, ...]:
+        """Handles of session keys. Raises `WrongKey` where not one of them is to be had."""
+        handles: list[int | None] = []
+        lacking: WrongKey | None = None
+        for envelope in envelopes:
+            try:
+                handles.append(self.session_key(envelope))
+            except WrongKey as error:
+                handles.append(None)
+                lacking = error
+        if lacking is not None and not any(handle is not None for handle in handles):
+            raise lacking
+        return tuple(handles)
 
     def read_page(self, number: int, offset: int, length: int) -> bytes:
         """A map page's record. Neighbours are read along with it, for pages lie one after the other.

@@ -33,7 +33,7 @@ from imager.repository.keys import seal_session_key
 from imager.repository.manifest import is_abort_mark, parse_abort_mark
 from imager.repository.repository import Repository
 from imager.storage.base import Staged
-from imager.storage.errors import AlreadyExists, StorageError
+from imager.storage.errors import AlreadyExists, StorageError, refusal
 
 _IN_FLIGHT = 2
 
@@ -284,10 +284,6 @@ class Session:
         self.abandon()
 
 
-def writing_failed(repository: Repository, error: OSError) -> ImagerError:
+def writing_failed(repository: Repository, error: _native.WriteError) -> ImagerError:
     """What to raise where the native core could not write a pack."""
-    from imager.storage.errors import refusal
-
-    code = error.args[0] if error.args else None
-    plain = OSError(code, os.strerror(code)) if isinstance(code, int) and code > 0 else OSError(str(error))
-    return refusal(plain, "writing a pack", repository.storage.url)
+    return refusal(OSError(error.errno, error.strerror), "writing a pack", repository.storage.url)
