@@ -7,7 +7,7 @@ as the same extents, bmap widened to its blocks.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -36,6 +36,21 @@ def ddrescue(extents: Extents, size: int) -> bytes:
     lines += ["0x00000000     ?               1", "#      pos        size  status"]
     lines += [f"0x{start:08X}  0x{end - start:08X}  {mark}" for start, end, mark in sorted(parts)]
     return ("\n".join(lines) + "\n").encode()
+
+
+class Differences(Protocol):
+    """What `write` needs of a comparison's result."""
+
+    @property
+    def extents(self) -> Extents: ...
+
+    @property
+    def size(self) -> int: ...
+
+
+def write(found: Differences, format: str) -> str:
+    """The extents of a comparison as text in one of `FORMATS` (bmap without checksums of ranges)."""
+    return render(format, found.extents, found.size).decode()
 
 
 def render(

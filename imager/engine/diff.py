@@ -21,6 +21,7 @@ from imager.engine.windows import SEGMENT_BYTES
 from imager.errors import UsageError
 from imager.events import Reporter
 from imager.extents import Extents
+from imager.repository import blockmap
 from imager.repository.repository import Repository
 
 GRAIN = 4096
@@ -135,7 +136,7 @@ def _sets(a: Image, b: Image, reporter: Reporter, threads: int) -> tuple[Extents
     """By their maps where the blocks are of one size, else by their contents."""
     if a.geometry.block_size == b.geometry.block_size:
         reporter.phase("comparing", None)
-        found = Extents.of(a.reader.diff(b.reader))
+        found = Extents.of(blockmap.diff(a.reader, b.reader))
         reporter.end()
         size = a.geometry.block_size
         return found.scale(size).clip(max(a.geometry.size, b.geometry.size)), size

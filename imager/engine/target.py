@@ -41,7 +41,8 @@ class Target:
         try:
             if not keep:
                 os.ftruncate(self.fd, 0)
-            os.ftruncate(self.fd, size)
+            if os.fstat(self.fd).st_size != size:
+                os.ftruncate(self.fd, size)
         except OSError as error:
             hint = "this filesystem's files cannot be that large" if error.errno == errno.EFBIG else None
             raise TargetError(
