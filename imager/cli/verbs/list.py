@@ -29,10 +29,14 @@ def command(shell: Shell, names: tuple[str, ...], tags: tuple[str, ...]) -> None
     with shell.reporter(long_job=False) as reporter:
         for problem in listing.problems:
             reporter.warn(problem.reason, hint="imager check tells more")
+        if not listing.sets and not shell.json:
+            reporter.note("no image set yet; imager backup makes one")
     shown = [manifest for manifest in listing.sets if _wanted(manifest, names, tags)]
     if shell.json:
         problems = [{"set": problem.id, "reason": problem.reason} for problem in listing.problems]
         shell.document({"sets": [sets.document(manifest) for manifest in shown], "damaged": problems})
+        return
+    if not shown:
         return
     headings = ("SET", "NAME", "TAKEN", "STRATEGY", "DISKS", "SIZE", "STORED", "TAGS")
     table(sys.stdout, headings, [_row(manifest) for manifest in shown], right=(5, 6))
