@@ -184,7 +184,8 @@ mod tests {
         fn garbage_is_refused(public in proptest::collection::vec(any::<u8>(), 0..300), sealed in proptest::collection::vec(any::<u8>(), 0..100), tame: bool) {
             let mut public = public;
             if tame && public.len() > 8 {
-                public[..8].copy_from_slice(&[0, 1, public[2] % 3, 0, public[4] % 4, 0, 0, 0]);
+                let (packs, targets) = (public[2] % 3, public[4] % 4);
+                public[..8].copy_from_slice(&[0, 1, packs, 0, targets, 0, 0, 0]);
             }
             if let Ok(page) = decode(&public, &sealed, &Names::default(), 0) {
                 prop_assert!(page.slots.len() <= FANOUT);

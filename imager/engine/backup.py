@@ -1,0 +1,579 @@
+"""Backup: several sources into one image set.
+
+Invariant: the manifest is written last, when all that it names is durable; an
+error before that leaves no set. A changed-block map is believed only where it
+fits the base set and a random sample of what it calls unchanged is unchanged.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from imager import __version__, _native
+from imager._native import DATA, ZERO, Slots
+from imager.changes.holes import Holes
+from imager.changes.provider import ZERO as ELSEWHERE_ZERO
+from imager.changes.provider import Base, Changes, Request, Unknown
+from imager.changes.scan import HashScan
+from imager.engine.imaging import Figures, Imaged, Imaging, Settings, read_failed
+from imager.engine.source import Opened, SourcePlan, lineage_name, open_source, plan_sources
+from imager.errors import ImagerError, UsageError
+from imager.events import Reporter
+from imager.extents import Extents
+from imager.repository import imageset, index
+from imager.repository.blockmap import DamagedPage, MapReader
+from imager.repository.format import is_block_size, lineage_id, now
+from imager.repository.imageset import Body, Head, Image, Manifest, Previous, Public
+from imager.repository.repository import Repository
+from imager.repository.session import Session
+from imager.repository.witness import Witness
+from imager.units import KIB, MIB, TIB, format_size
+
+STRATEGIES = ("auto", "full", "incremental", "differential")
+_CODECS = {"none": 0, "lz4": 1, "zstd": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class BackupOptions:
+    """What the person asked for. `block_size` in bytes, None: by device size or base. `changed`: a map file."""
+
+    name: str | None = None
+    strategy: str = "auto"
+    compression: str = "lz4"
+    block_size: int | None = None
+    changed: str | None = None
+    on_read_error: str = "fail"
+    tags: tuple[str, ...] = ()
+    threads: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BackupPlan:
+    """What is going to be done. `base` is a set's id; sizes in bytes."""
+
+    name: str
+    host: str
+    strategy: str
+    base: str | None
+    block_size: int
+    compression: str
+    sources: tuple[SourcePlan, ...]
+    options: BackupOptions
+    base_manifest: Manifest | None
+    previous: Manifest | None
+
+    def describe(self) -> list[str]:
+        """The plan in lines for a person."""
+        base = f" on set {self.base[:8]}" if self.base else ""
+        lines = [
+            f"back up as {self.name}: {self.strategy}{base}, {self.compression}, blocks of {format_size(self.block_size)}"
+        ]
+        for source in self.sources:
+            size = "a stream" if source.stream else format_size(source.size)
+            what = " ".join(filter(None, (source.identity.model, source.identity.serial)))
+            lines.append(f"  {source.path} as {source.disk}: {size}{', ' + what if what else ''}")
+        if self.options.changed:
+            lines.append(f"  changed blocks by {self.options.changed}, where it fits the base set")
+        return lines
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSummary:
+    """What imaging one source came to. Extents as (start, length) in bytes."""
+
+    disk: str
+    size: int
+    block_size: int
+    change_source: str
+    blocks_read: int
+    blocks_changed: int
+    blocks_new: int
+    blocks_shared: int
+    blocks_zero: int
+    blocks_sampled: int
+    bytes_read: int
+    bytes_stored: int
+    unreadable: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BackupSummary:
+    """A finished set. `bytes_stored`: all that was written to the repository."""
+
+    set: str
+    name: str
+    strategy: str
+    base: str | None
+    sequence: int
+    images: tuple[ImageSummary, ...]
+    bytes_stored: int
+    seconds: float
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether parts of a source could not be read."""
+        return any(image.unreadable for image in self.images)
+
+
+def default_block_size(size: int) -> int:
+    """64 KiB up to 4 TiB, 256 KiB up to 64 TiB, 1 MiB beyond."""
+    return 64 * KIB if size <= 4 * TIB else 256 * KIB if size <= 64 * TIB else MIB
+
+
+def parse_compression(text: str) -> tuple[int, int]:
+    """(codec number, level) of `lz4`, `zstd`, `zstd:N` or `none`. Raises `UsageError`."""
+    name, _, level = text.partition(":")
+    number = int(level) if level.isdecimal() else 1 if not level else 0
+    if name not in _CODECS or (level and name != "zstd") or not 1 <= number <= 19:
+        raise UsageError(f"unknown compression {text!r}", hint="lz4, zstd, zstd:1 to zstd:19, or none")
+    return _CODECS[name], number
+
+
+# --- plan -------------------------------------------------------------------------------
+
+
+def plan(
+    repository: Repository, sources: Sequence[str], options: BackupOptions, reporter: Reporter
+) -> BackupPlan:
+    """Identify sources, base and strategy. Reads no content.
+
+    Raises `UsageError`, `SourceError`, `StorageError`.
+    """
+    parse_compression(options.compression)
+    if options.strategy not in STRATEGIES:
+        raise UsageError(f"unknown strategy {options.strategy!r}", hint=", ".join(STRATEGIES))
+    found = plan_sources(sources, options.name)
+    _refuse_own_storage(repository, found)
+    name = lineage_name(found, options.name)
+    host = imageset.this_host()
+    heads, damaged = imageset.heads(repository)
+    for problem in Witness(repository.id).observe(heads, damaged=[item.id for item in damaged]):
+        reporter.warn(problem, hint="run imager check; if that was you, go on: this backup will be whole")
+    lineage = lineage_id(repository.secrets.id_key, host, name)
+    previous, unusable = imageset.latest_of(repository, lineage, heads)
+    for item in unusable:
+        reporter.warn(f"image set {item.id[:8]} cannot be used as a base: {item.reason}")
+    base = _base(repository, options, lineage, previous, heads, reporter)
+    block_size = _block_size(repository, options, found, base)
+    if base is not None and not _fits(base, found, block_size):
+        reporter.note(
+            f"set {base.id[:8]} has none of these disks, or another block size: this is a full backup"
+        )
+        base = None
+    strategy = "full"
+    if base is not None:
+        strategy = "differential" if options.strategy == "differential" else "incremental"
+    return BackupPlan(
+        name,
+        host,
+        strategy,
+        base.id if base else None,
+        block_size,
+        options.compression,
+        found,
+        options,
+        base,
+        previous,
+    )
+
+
+def _refuse_own_storage(repository: Repository, sources: Sequence[SourcePlan]) -> None:
+    folder = os.path.realpath(repository.storage.url)
+    for source in sources:
+        if not source.stream and source.identity.path.startswith(folder + os.sep):
+            raise UsageError(f"{source.path} is part of the repository itself")
+
+
+def _base(
+    repository: Repository,
+    options: BackupOptions,
+    lineage: bytes,
+    previous: Manifest | None,
+    heads: Sequence[Head],
+    reporter: Reporter,
+) -> Manifest | None:
+    if options.strategy == "full" or previous is None:
+        if options.strategy in ("incremental", "differential"):
+            reporter.note(
+                f"there is no earlier set to build on: this is a full backup, not {options.strategy}"
+            )
+        return None
+    if previous.body is None:
+        reporter.note("this key cannot read earlier sets: all is read, and compared by content")
+        return None
+    if options.strategy != "differential" or previous.body.strategy == "full":
+        return previous
+    own = sorted((h for h in heads if h.lineage == lineage.hex()), key=lambda h: h.sequence, reverse=True)
+    for head in own:
+        try:
+            manifest = imageset.decode(repository, head.id, head.raw)
+        except ImagerError:
+            continue  # Told of already, or older than what is needed.
+        if manifest.body is not None and manifest.body.strategy == "full":
+            return manifest
+    reporter.note("there is no full set left to build on: this is a full backup")
+    return None
+
+
+def _block_size(
+    repository: Repository, options: BackupOptions, sources: Sequence[SourcePlan], base: Manifest | None
+) -> int:
+    wanted = options.block_size
+    if wanted is not None and not is_block_size(wanted):
+        raise UsageError(f"{wanted} bytes is no block size", hint="a power of two from 4KiB to 4MiB")
+    fixed = repository.config.block_size
+    if fixed and wanted not in (None, fixed):
+        raise UsageError(f"this repository has blocks of {format_size(fixed)}, for every image")
+    if fixed or wanted:
+        return fixed or wanted or 0
+    if base is not None and base.images:
+        return base.images[0].block_size
+    return default_block_size(max(source.size for source in sources))
+
+
+def _fits(base: Manifest, sources: Sequence[SourcePlan], block_size: int) -> bool:
+    return any(_image_of(base, source, block_size) is not None for source in sources)
+
+
+def _image_of(base: Manifest | None, source: SourcePlan, block_size: int) -> Image | None:
+    """The base's image that a source is compared with: of the same disk name, or the same identity."""
+    if base is None:
+        return None
+    images = [image for image in base.images if image.block_size == block_size]
+    for image in images:
+        if (
+            not source.stream
+            and isinstance(image.source, dict)
+            and image.source.get("key") == source.identity.key
+        ):
+            return image
+    return next((image for image in images if image.disk == source.disk), None)
+
+
+# --- execute ------------------------------------------------------------------------------
+
+
+class _Locked:
+    """A reporter that several threads may call."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self._lock = threading.Lock()
+
+    def phase(self, name: str, total: int | None) -> None:
+        with self._lock:
+            self._reporter.phase(name, total)
+
+    def advance(self, done: int, *, stored: int = 0) -> None:
+        with self._lock:
+            self._reporter.advance(done, stored=stored)
+
+    def end(self) -> None:
+        with self._lock:
+            self._reporter.end()
+
+    def note(self, text: str) -> None:
+        with self._lock:
+            self._reporter.note(text)
+
+    def warn(self, text: str, *, hint: str | None = None) -> None:
+        with self._lock:
+            self._reporter.warn(text, hint=hint)
+
+
+@dataclass(slots=True)
+class _Lane:
+    """One source while it is imaged."""
+
+    source: SourcePlan
+    opened: Opened | None
+    base: Image | None
+    wanted: Extents
+    elsewhere: int | None
+    change_source: str
+    sampled: int = 0
+    imaging: Imaging | None = None
+    imaged: Imaged | None = None
+    error: BaseException | None = None
+
+
+def execute(repository: Repository, plan: BackupPlan, reporter: Reporter) -> BackupSummary:
+    """Carry out a plan.
+
+    Raises `SourceError` (a source cannot be read), `StorageError`, `Locked`;
+    then no set was made.
+    """
+    begun, started = time.monotonic(), now()
+    locked = _Locked(reporter)
+    repository.packs_present()
+    lanes: list[_Lane] = []
+    try:
+        for source in plan.sources:
+            lanes.append(_lane(repository, plan, source, locked))
+        with Session.begin(repository, host=plan.host) as session:
+            return _run(session, plan, lanes, locked, started, begun)
+    finally:
+        for lane in lanes:
+            if lane.opened is not None:
+                lane.opened.close()
+
+
+def _lane(repository: Repository, plan: BackupPlan, source: SourcePlan, reporter: Reporter) -> _Lane:
+    base = _image_of(plan.base_manifest, source, plan.block_size)
+    if source.stream:
+        return _Lane(source, None, base, Extents(), None, "stream")
+    opened = open_source(source)
+    try:
+        changes, sampled = _changes(repository, plan, source, opened, base, reporter)
+    except BaseException:
+        opened.close()
+        raise
+    elsewhere = ZERO if changes.elsewhere == ELSEWHERE_ZERO else None
+    wanted = changes.extents.clip(opened.size).blocks(plan.block_size)
+    return _Lane(source, opened, base, wanted, elsewhere, changes.source, sampled)
+
+
+def _changes(
+    repository: Repository,
+    plan: BackupPlan,
+    source: SourcePlan,
+    opened: Opened,
+    base: Image | None,
+    reporter: Reporter,
+) -> tuple[Changes, int]:
+    """What to read, and how many blocks were sampled to find out."""
+    request = Request(opened.fd, opened.size, source.identity, _base_of(plan, base))
+    sampled = 0
+    if plan.options.changed is not None:
+        from imager.changes import given
+
+        answer = given.read(plan.options.changed).changes(request)
+        if isinstance(answer, Changes) and base is not None:
+            problem, sampled = _sample(repository, plan, opened, base, answer, reporter)
+            if problem is None:
+                return answer, sampled
+            reporter.warn(
+                f"the map {plan.options.changed} is wrong and is not used: {problem}",
+                hint=f"all of {source.path} is read instead; find out why the map was wrong before you use another",
+            )
+        elif isinstance(answer, Unknown):
+            reporter.warn(
+                f"the map {plan.options.changed} is not used for {source.path}: {answer.reason}",
+                hint=f"all of {source.path} is read instead",
+            )
+    return (HashScan() if source.identity.is_device else Holes()).changes(request), sampled
+
+
+def _base_of(plan: BackupPlan, base: Image | None) -> Base | None:
+    if base is None or plan.base_manifest is None:
+        return None
+    kept = base.source if isinstance(base.source, dict) else {}
+    return Base(plan.base_manifest.id, plan.base_manifest.digest.hex(), base.size, kept)
+
+
+def _sample(
+    repository: Repository,
+    plan: BackupPlan,
+    opened: Opened,
+    base: Image,
+    changes: Changes,
+    reporter: Reporter,
+) -> tuple[str | None, int]:
+    """Compare random blocks that a map calls unchanged: (what is wrong, blocks compared)."""
+    from imager.changes import sample
+
+    chosen = sample.choose(changes.extents.blocks(plan.block_size), base.blocks)
+    if not chosen:
+        return None, 0
+    ranges = Extents.of((block, block + 1) for block in chosen)
+    slots = Slots()
+    try:
+        for _, count, part in MapReader(repository, base).walk(ranges.ranges):
+            slots.extend(Slots(count, part) if isinstance(part, int) else part)
+    except DamagedPage as damage:
+        return f"the base set's block map is damaged ({damage.reason})", 0
+    try:
+        found = _native.scan(
+            repository.vault,
+            opened.fd,
+            list(ranges),
+            image_size=opened.size,
+            block_size=plan.block_size,
+            base=slots,
+            threads=plan.options.threads,
+            direct=opened.direct,
+        )
+    except _native.ReadError as error:
+        if plan.options.on_read_error == "fail":
+            raise read_failed(opened.path, error) from error
+        return f"a block that it calls unchanged cannot be read ({error.strerror})", len(chosen)
+    wrong = sum(end - start for start, end in found.differing)
+    # A base block that could not be read then says nothing about a change.
+    lost = sum(end - start for kind, start, end in slots.runs() if kind not in (DATA, ZERO))
+    if wrong > lost:
+        first = found.differing[0][0] * plan.block_size
+        return (
+            f"{wrong} of {len(chosen)} sampled blocks that it calls unchanged have changed, the first at byte {first}",
+            len(chosen),
+        )
+    return None, len(chosen)
+
+
+def _run(
+    session: Session, plan: BackupPlan, lanes: list[_Lane], reporter: Reporter, started: int, begun: float
+) -> BackupSummary:
+    repository = session.repository
+    known = index.load(repository, reporter)
+    codec, level = parse_compression(plan.compression)
+    settings = Settings(
+        plan.block_size, codec, level, plan.options.threads, plan.options.on_read_error == "skip"
+    )
+    total = None
+    if not any(lane.source.stream for lane in lanes):
+        total = sum(
+            min(lane.wanted.total * plan.block_size, lane.opened.size)
+            for lane in lanes
+            if lane.opened is not None
+        )
+    reporter.phase("reading", total)
+    for lane in lanes:
+        base = MapReader(repository, lane.base) if lane.base is not None else None
+        size = lane.opened.size if lane.opened is not None else 0
+        lane.imaging = Imaging(session, known, settings, base, reporter, size)
+    if len(lanes) == 1:
+        _image(lanes[0])
+    else:
+        threads = [
+            threading.Thread(target=_image_caught, args=(lane, known), name=lane.source.disk)
+            for lane in lanes
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for lane in lanes:
+            if lane.error is not None:
+                raise lane.error
+    reporter.end()
+    images: list[Image] = []
+    roots = []
+    for lane in lanes:
+        assert lane.imaging is not None and lane.imaged is not None
+        roots.append(lane.imaging.write_map())
+        images.append(
+            Image(
+                disk=lane.source.disk,
+                size=lane.imaged.size,
+                block_size=plan.block_size,
+                unreadable=lane.imaged.unreadable,
+                source=_identity(lane.source),
+            )
+        )
+    index.write_segment(session, known)
+    if known.damaged_pages:
+        reporter.warn(
+            f"{known.damaged_pages} look-ups met a damaged index page",
+            hint="nothing is lost, but blocks may be stored twice; imager check --repair mends it",
+        )
+    previous = plan.previous
+    lineage = lineage_id(repository.secrets.id_key, plan.host, plan.name)
+    public = Public(
+        repository=repository.config.repository,
+        set=session.id,
+        version=1,
+        features=(),
+        created=now(),
+        lineage=lineage.hex(),
+        sequence=previous.sequence + 1 if previous else 1,
+        previous=Previous(previous.id, previous.digest.hex()) if previous else None,
+        envelope=session.envelope.hex() if session.envelope else None,
+        roots=tuple(roots),
+    )
+    summaries = tuple(_summary(plan, lane) for lane in lanes)
+    body = Body(
+        name=plan.name,
+        host=plan.host,
+        images=tuple(images),
+        strategy=plan.strategy,
+        base=plan.base,
+        changes=[summary.change_source for summary in summaries],
+        stats=_stats(summaries, session.stored),
+        tags=plan.options.tags,
+        started=started,
+        finished=now(),
+        tool=f"imager {__version__}",
+    )
+    manifest = imageset.encode(repository, public, body, session.key)
+    session.commit(manifest)
+    head = Head(
+        session.id, public.created, public.lineage, public.sequence, _native.blake3(manifest), manifest
+    )
+    earlier = [previous] if previous else []
+    for problem in Witness(repository.id).observe([*earlier, head]):
+        reporter.note(problem)
+    return BackupSummary(
+        set=session.id,
+        name=plan.name,
+        strategy=plan.strategy,
+        base=plan.base,
+        sequence=public.sequence,
+        images=summaries,
+        bytes_stored=session.stored,
+        seconds=round(time.monotonic() - begun, 3),
+    )
+
+
+def _image(lane: _Lane) -> None:
+    assert lane.imaging is not None
+    if lane.opened is None:
+        path = lane.source.identity.path
+        fd = 0 if path == "-" else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            lane.imaged = lane.imaging.stream(fd, "standard input" if path == "-" else path)
+        finally:
+            if fd:
+                os.close(fd)
+        return
+    lane.imaged = lane.imaging.read(lane.opened, lane.wanted, lane.elsewhere)
+
+
+def _image_caught(lane: _Lane, known: _native.Known) -> None:
+    try:
+        _image(lane)
+    except BaseException as error:
+        lane.error = error
+
+
+def _identity(source: SourcePlan) -> dict[str, object]:
+    kept = {key: value for key, value in asdict(source.identity).items() if value not in (None, 0, "")}
+    return {**kept, "given": source.path}
+
+
+def _summary(plan: BackupPlan, lane: _Lane) -> ImageSummary:
+    assert lane.imaging is not None and lane.imaged is not None
+    figures: Figures = lane.imaging.figures
+    return ImageSummary(
+        disk=lane.source.disk,
+        size=lane.imaged.size,
+        block_size=plan.block_size,
+        change_source=lane.change_source,
+        blocks_read=figures.blocks_read + lane.sampled,
+        blocks_changed=figures.blocks_changed,
+        blocks_new=figures.blocks_new,
+        blocks_shared=figures.blocks_shared,
+        blocks_zero=figures.blocks_zero,
+        blocks_sampled=lane.sampled,
+        bytes_read=figures.bytes_read + lane.sampled * plan.block_size,
+        bytes_stored=figures.bytes_stored,
+        unreadable=lane.imaged.unreadable,
+    )
+
+
+def _stats(summaries: Sequence[ImageSummary], stored: int) -> dict[str, int]:
+    fields = ("blocks_read", "blocks_changed", "blocks_new", "blocks_shared", "blocks_zero", "bytes_read")
+    stats = {field: sum(getattr(summary, field) for summary in summaries) for field in fields}
+    return {**stats, "bytes_stored": stored, "size": sum(summary.size for summary in summaries)}

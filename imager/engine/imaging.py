@@ -1,0 +1,333 @@
+"""Imaging one source: from the ranges to read to a finished block map.
+
+Invariant: every block of the image ends up with a slot that was read now, or
+is the base's and counts as unchanged by a map that was believed, or is a
+hole. Memory is bounded: leaves whose packs are still open are counted, and a
+pack is sealed early before they become too many.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from imager import _native
+from imager._native import Slots
+from imager.engine.source import Opened
+from imager.errors import ImagerError, SourceError
+from imager.events import Reporter
+from imager.extents import Extents
+from imager.repository import index
+from imager.repository.blockmap import Leaf, MapReader, MapWriter
+from imager.repository.format import PACK_TARGET, PAGE_SLOTS
+from imager.repository.manifest import Root
+from imager.repository.session import Session, writing_failed
+
+SEGMENT = 64 << 20
+"Bytes that one native call handles."
+_STREAM = 32 << 20
+_MAX_PENDING = 2048
+_MAX_LEAVES = 1024
+
+
+@dataclass(slots=True)
+class Figures:
+    """What imaging one source came to."""
+
+    blocks_read: int = 0
+    blocks_changed: int = 0
+    blocks_new: int = 0
+    blocks_shared: int = 0
+    blocks_zero: int = 0
+    bytes_read: int = 0
+    bytes_stored: int = 0
+    pages_written: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Imaged:
+    """A finished image: its map's root, its size, what could not be read (start, length)."""
+
+    root: Root | None
+    size: int
+    unreadable: tuple[tuple[int, int], ...]
+    figures: Figures
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How blocks are read and stored. codec: 0 none, 1 lz4, 2 zstd; threads 0: one for each core."""
+
+    block_size: int
+    codec: int
+    level: int
+    threads: int
+    skip_errors: bool
+
+
+class Imaging:
+    """One source on its way into the repository."""
+
+    def __init__(
+        self,
+        session: Session,
+        known: _native.Known,
+        settings: Settings,
+        base: MapReader | None,
+        reporter: Reporter,
+        size: int,
+    ) -> None:
+        self._session = session
+        self._repository = session.repository
+        self._known = known
+        self._settings = settings
+        self._reporter = reporter
+        self._size = size
+        self._writer = MapWriter(session, -(-size // settings.block_size), base)
+        self._pack: _native.PackWriter | None = None
+        self._lost: list[tuple[int, int]] = []
+        self._warned = False
+        self._open_leaf: Leaf | None = None
+        self.figures = Figures()
+
+    # --- files and devices -------------------------------------------------------------
+
+    def read(self, source: Opened, wanted: Extents, elsewhere: int | None) -> Imaged:
+        """Image `source`. `wanted`: ranges of blocks to read; the others are of type
+        `elsewhere`, or as in the base where that is None.
+
+        Raises `SourceError`, `StorageError`.
+        """
+        batch: list[tuple[Leaf, list[tuple[int, int]]]] = []
+        blocks = 0
+        position = 0
+        for number, ranges in _by_leaf(wanted):
+            if elsewhere is not None:
+                self._writer.uniform(position, number, elsewhere)
+            position = number + 1
+            leaf = self._writer.leaf(number)
+            if elsewhere is None and not leaf.known:
+                # The base does not tell what the unread blocks of this leaf are.
+                ranges = [(number * PAGE_SLOTS, number * PAGE_SLOTS + len(leaf.slots))]
+                self._warn_once()
+            batch.append((leaf, ranges))
+            blocks += sum(end - start for start, end in ranges)
+            if blocks * self._settings.block_size >= SEGMENT or len(batch) >= _MAX_LEAVES:
+                self._scan(batch, source, elsewhere)
+                batch, blocks = [], 0
+        if batch:
+            self._scan(batch, source, elsewhere)
+        if elsewhere is not None:
+            self._writer.uniform(position, -(-self._writer.blocks // PAGE_SLOTS), elsewhere)
+        source.check_unchanged()
+        return self._finish()
+
+    def _scan(
+        self, batch: list[tuple[Leaf, list[tuple[int, int]]]], source: Opened, elsewhere: int | None
+    ) -> None:
+        """Read what a batch of leaves needs, in calls of about `SEGMENT` bytes, then put the leaves."""
+        most = max(1, SEGMENT // self._settings.block_size)
+        ranges: list[tuple[int, int]] = []
+        base = Slots()
+        parts: list[tuple[Leaf, int, int, int]] = []
+        for leaf, wanted in batch:
+            first = leaf.index * PAGE_SLOTS
+            known = leaf.slots if elsewhere is None else leaf.slots.copy()
+            if elsewhere is not None:
+                leaf.slots.fill(0, len(leaf.slots), elsewhere)
+            for low, high in wanted:
+                while low < high:
+                    end = min(high, low + most - len(base))
+                    parts.append((leaf, low - first, len(base), len(base) + end - low))
+                    base.extend(known.slice(low - first, end - first))
+                    if ranges and ranges[-1][1] == low:
+                        ranges[-1] = (ranges[-1][0], end)
+                    else:
+                        ranges.append((low, end))
+                    low = end
+                    if len(base) >= most:
+                        self._place(self._call(source.fd, ranges, base, source), parts)
+                        ranges, base, parts = [], Slots(), []
+        if ranges:
+            self._place(self._call(source.fd, ranges, base, source), parts)
+        for leaf, _ in batch:
+            self._writer.put(leaf)
+        self._settle()
+
+    @staticmethod
+    def _place(slots: Slots, parts: list[tuple[Leaf, int, int, int]]) -> None:
+        for leaf, at, low, high in parts:
+            leaf.slots.put(at, slots.slice(low, high))
+
+    def _warn_once(self) -> None:
+        if not self._warned:
+            self._warned = True
+            self._reporter.warn(
+                "parts of the base set are damaged or missing: the blocks there are read and stored again",
+                hint="this set will be whole; imager check tells what happened to the others",
+            )
+
+    # --- streams -------------------------------------------------------------------------
+
+    def stream(self, fd: int, path: str) -> Imaged:
+        """Image a stream to its end. Raises `SourceError`, `StorageError`."""
+        buffer = memoryview(bytearray(_STREAM))
+        while count := _fill(fd, path, buffer):
+            offset, self._size = self._size, self._size + count
+            self._writer.blocks = -(-self._size // self._settings.block_size)
+            self._stream_segment(bytes(buffer[:count]), offset)
+            if count < _STREAM:
+                break
+        if self._open_leaf is not None:
+            self._writer.put(self._open_leaf)
+            self._open_leaf = None
+        self._settle()
+        return self._finish()
+
+    def _stream_segment(self, data: bytes, offset: int) -> None:
+        block = self._settings.block_size
+        first, last = offset // block, -(-(offset + len(data)) // block)
+        leaves: list[Leaf] = []
+        if self._open_leaf is not None and self._open_leaf.index < first // PAGE_SLOTS:
+            self._writer.put(self._open_leaf)
+        for number in range(first // PAGE_SLOTS, -(-last // PAGE_SLOTS)):
+            leaf = self._open_leaf if self._open_leaf and self._open_leaf.index == number else None
+            if leaf is None:
+                leaf = self._writer.leaf(number)
+            elif len(leaf.slots) < self._writer.length(number):
+                grown = self._writer.leaf(number)
+                grown.slots.put(0, leaf.slots)
+                leaf = grown
+            leaves.append(leaf)
+        base, parts = Slots(), []
+        for leaf in leaves:
+            low = max(first - leaf.index * PAGE_SLOTS, 0)
+            high = min(last - leaf.index * PAGE_SLOTS, len(leaf.slots))
+            parts.append((leaf, low, len(base), len(base) + high - low))
+            base.extend(leaf.slots.slice(low, high))
+        self._place(self._call(data, [(first, last)], base, None, offset), parts)
+        for leaf in leaves[:-1]:
+            self._writer.put(leaf)
+        self._open_leaf = leaves[-1]
+        self._settle()
+
+    # --- what both do -----------------------------------------------------------------------
+
+    def _call(
+        self,
+        data: int | bytes,
+        ranges: list[tuple[int, int]],
+        base: Slots,
+        source: Opened | None,
+        offset: int = 0,
+    ) -> Slots:
+        if self._pack is None:
+            self._pack = self._session.new_data_pack()
+        settings = self._settings
+        try:
+            found = _native.scan(
+                self._repository.vault,
+                data,
+                ranges,
+                image_size=self._size,
+                block_size=settings.block_size,
+                base=base,
+                pack=self._pack,
+                known=self._known,
+                codec=settings.codec,
+                level=settings.level,
+                threads=settings.threads,
+                direct=source.direct if source else False,
+                source_offset=offset,
+                skip_errors=settings.skip_errors,
+                sector=source.sector if source else 512,
+            )
+        except _native.ReadError as error:
+            raise read_failed(source.path if source else "the stream", error) from error
+        except _native.WriteError as error:
+            raise writing_failed(self._repository, error) from error
+        figures = self.figures
+        figures.blocks_read += sum(end - start for start, end in ranges)
+        figures.blocks_changed += found.changed
+        figures.blocks_new += found.new
+        figures.blocks_shared += found.shared
+        figures.blocks_zero += found.zero
+        figures.bytes_read += found.read
+        figures.bytes_stored += found.stored
+        self._lost += found.unreadable
+        self._reporter.advance(found.read, stored=found.stored)
+        if self._pack.size >= PACK_TARGET:
+            self.seal()
+        return found.slots
+
+    def _settle(self) -> None:
+        """Seal the pack where too many leaves wait for its name; write the leaves that can be written."""
+        if self._writer.pending >= _MAX_PENDING:
+            self.seal()
+        if self._writer.pending >= _MAX_PENDING // 2 or self._pack is None:
+            self._writer.flush()
+        if self._known.pending >= index.SEGMENT_ENTRIES:
+            index.write_segment(self._session, self._known, reload=True)
+
+    def seal(self) -> None:
+        """Seal the open pack, so that every map that refers to it can be written."""
+        if self._pack is not None:
+            self._session.seal(self._pack)
+            self._pack = None
+
+    def _finish(self) -> Imaged:
+        self.seal()
+        lost = Extents.of(self._lost)
+        return Imaged(None, self._size, tuple((start, end - start) for start, end in lost), self.figures)
+
+    def write_map(self) -> Root | None:
+        """Write the map; all packs of the session must be sealed. Raises `StorageError`."""
+        root = self._writer.finish()
+        self.figures.pages_written = self._writer.pages
+        return root
+
+
+def read_failed(path: str, error: _native.ReadError) -> ImagerError:
+    """The error for a source that could not be read."""
+    at = f" at byte {error.filename}" if error.filename is not None else ""
+    if not error.errno:
+        return SourceError(
+            f"{path} ended early{at}: it shrank while it was read",
+            hint="nothing was kept; back up again when it is at rest",
+        )
+    said = os.strerror(error.errno)
+    hint = "a failing disk? --on-read-error skip records what cannot be read, and goes on"
+    return SourceError(f"{path} cannot be read{at}: {said}", hint=hint)
+
+
+def _by_leaf(wanted: Extents) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+    """Ranges of blocks, leaf by leaf."""
+    current = -1
+    ranges: list[tuple[int, int]] = []
+    for start, end in wanted:
+        while start < end:
+            number = start // PAGE_SLOTS
+            if number != current:
+                if ranges:
+                    yield current, ranges
+                current, ranges = number, []
+            stop = min(end, (number + 1) * PAGE_SLOTS)
+            ranges.append((start, stop))
+            start = stop
+    if ranges:
+        yield current, ranges
+
+
+def _fill(fd: int, path: str, buffer: memoryview) -> int:
+    """Read until the buffer is full or the stream ends: how many bytes. Raises `SourceError`."""
+    count = 0
+    while count < len(buffer):
+        try:
+            got = os.readv(fd, [buffer[count:]])
+        except OSError as error:
+            raise SourceError(f"{path} cannot be read: {error.strerror}") from error
+        if not got:
+            break
+        count += got
+    return count
