@@ -527,9 +527,7 @@ class _Session:
             id, kind = self.page(disk, special, count, level - 1, start), PAGE
         return *self.writer.places[kind, id], id
 
-    def commit(
-        self, disks: Sequence[Disk], roots: Sequence[Root | None], started: int, extra: Json
-    ) -> str:
+    def commit(self, disks: Sequence[Disk], roots: Sequence[Root | None], started: int, extra: Json) -> str:
         writer, created = self.writer, self.writer.now()
         line = lineage(writer.id_key, self.host, self.name)
         sequence, before, digest = writer.last.get(line, (0, b"", b""))
