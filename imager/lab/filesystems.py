@@ -73,7 +73,7 @@ class Filesystem:
         else:
             renew(self.part)
             disk.make_filesystem(self.part, path, self.staged)
-            remark = f"made anew by mkfs.{self.part.name} from the changed tree: no tool changes it unmounted"
+            remark = f"made anew by mkfs.{self.part.name} (no tool changes it unmounted)"
         return Changed(changes.summary(planned), remark)
 
     def expected(self, path: str) -> tree.Listing:

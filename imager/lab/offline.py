@@ -55,7 +55,7 @@ def change_ext4(part: str, staged: Path, changes: Sequence[Change]) -> str:
                 script += _rewrite(staged, short)
                 rewritten += 1
         _debugfs(part, script, write=True)
-    return f"changed in place by debugfs; {rewritten} grown files rewritten"
+    return f"by debugfs, in place ({rewritten} grown files written anew)"
 
 
 def _rewrite(staged: Path, path: str) -> list[str]:
@@ -124,7 +124,7 @@ def change_fat(part: str, staged: Path, changes: Sequence[Change]) -> str:
             again[change.path] = None
     for short in again:
         _mtool(["mcopy", "-o", "-m", "-i", part, str(staged / short), f"::{short}"])
-    return "changed in place by mtools"
+    return "by mtools, in place"
 
 
 def _mtool(argv: Sequence[str]) -> None:
