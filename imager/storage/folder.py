@@ -200,6 +200,8 @@ class FolderStorage:
             try:
                 fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
             except OSError as error:
+                if error.errno == errno.ENOENT and self._remake(f"{self.root}/tmp"):
+                    continue
                 raise refusal(error, "beginning a new object", self.root) from error
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
