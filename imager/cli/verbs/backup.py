@@ -13,7 +13,7 @@ from imager.errors import EXIT_DONE, EXIT_INCOMPLETE
 from imager.units import format_duration, format_rate, format_size
 
 if TYPE_CHECKING:
-    from imager.engine.backup import BackupSummary
+    from imager.engine.backup import BackupPlan, BackupSummary
 
 
 @verb("backup")
@@ -83,7 +83,7 @@ def command(
         plan = backup.plan(repository, sources, options, reporter)
         if dry_run:
             if shell.json:
-                shell.message("plan", plan)
+                shell.message("plan", _facts(plan))
             else:
                 for line in plan.describe():
                     shell.print(line)
@@ -96,16 +96,33 @@ def command(
     return EXIT_INCOMPLETE if summary.incomplete else EXIT_DONE
 
 
+def _facts(plan: BackupPlan) -> dict[str, object]:
+    """The plan for `--json`: what will be done, without the sets that it was found from."""
+    return {
+        "name": plan.name,
+        "host": plan.host,
+        "strategy": plan.strategy,
+        "base": plan.base,
+        "block_size": plan.block_size,
+        "compression": plan.compression,
+        "changed": plan.options.changed,
+        "sources": plan.sources,
+    }
+
+
 def _print(shell: Shell, summary: BackupSummary) -> None:
-    base = f" on {summary.base[:8]}" if summary.base else ""
-    shell.print(f"{summary.name}: set {summary.set[:8]}, {summary.strategy}{base}")
+    base = f", compared with {summary.base[:8]}" if summary.base else ""
+    shell.print(f"{summary.name} {summary.set[:8]}: {summary.strategy}{base}")
     for image in summary.images:
-        shell.print(
-            f"  {image.disk}: {format_size(image.size)}, read {format_size(image.bytes_read)}"
-            f" ({image.change_source}), {image.blocks_changed} blocks changed,"
-            f" {image.blocks_new} new, {image.blocks_shared} shared, {format_size(image.bytes_stored)} stored"
+        read = f"{format_size(image.bytes_read)} read ({image.change_source})"
+        blocks = (
+            f"{image.blocks_changed} blocks changed, {image.blocks_new} stored, {image.blocks_shared} known"
         )
+        shell.print(f"  {image.disk}: {format_size(image.size)}, {read}, {blocks}")
         for start, length in image.unreadable:
-            shell.print(f"  {image.disk}: unreadable: {format_size(length)} at byte {start}")
-    read = sum(image.bytes_read for image in summary.images)
-    shell.print(f"  in {format_duration(summary.seconds)}, {format_rate(read, summary.seconds)}")
+            shell.print(f"  {image.disk}: UNREADABLE: {length} bytes at {start}")
+    read_in_all = sum(image.bytes_read for image in summary.images)
+    took = f"{format_duration(summary.seconds)} ({format_rate(read_in_all, summary.seconds)})"
+    shell.print(f"  {format_size(summary.bytes_stored)} written to the repository in {took}")
+    if summary.incomplete:
+        shell.print("  INCOMPLETE: the unreadable parts are zeroes in this set")
