@@ -9,7 +9,9 @@ has let the target through, and a damaged block is never written.
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
+from imager import config
 from imager._native import WriteError
 from imager.device import guard
 from imager.engine.compare import Comparer
@@ -51,7 +53,7 @@ def execute(
     confirmed = guard.confirm(plan.verdict, typed=confirmation, confirm_device=plan.options.confirm_device)
     for warning in plan.warnings:
         reporter.warn(warning)
-    with guard.open_target(confirmed) as guarded:
+    with guard.open_target(confirmed, state_folder=Path(config.state_dir(), "tables")) as guarded:
         target = Target(guarded)
         if guarded.created:
             info = guarded.identity
