@@ -16,6 +16,7 @@ import click
 from click.core import ParameterSource
 
 from imager.cli.shell import PROGRESS_MODES, Settings, Shell
+from imager.errors import Interrupted
 
 
 def _keep(context: click.Context, option: click.Parameter, value: object) -> None:
@@ -115,6 +116,13 @@ class LazyGroup(click.Group):
             return None
         command: click.Command = import_module(module).command
         return command
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            # click would print an empty line and forget which signal it was.
+            raise Interrupted(f"interrupted by {error}" if str(error) else "interrupted") from error
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

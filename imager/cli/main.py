@@ -56,10 +56,11 @@ click.version_option(__version__, message="imager %(version)s")(group)
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    raise Interrupted(f"interrupted by {signal.Signals(number).name}")
+    # No subclass of Exception: nothing on the way that forgives errors may take it for one.
+    raise KeyboardInterrupt(signal.Signals(number).name)
 
 
-def _as_error(error: BaseException, context: click.Context | None) -> ImagerError | None:
+def _as_error(error: BaseException) -> ImagerError | None:
     """The error in this program's terms; None where it's not one that was foreseen."""
     if isinstance(error, ImagerError):
         return error
@@ -70,7 +71,7 @@ def _as_error(error: BaseException, context: click.Context | None) -> ImagerErro
     if isinstance(error, click.ClickException):
         return UsageError(error.format_message())
     if isinstance(error, KeyboardInterrupt | click.Abort):
-        return Interrupted("interrupted")
+        return Interrupted(f"interrupted by {error}" if str(error) else "interrupted")
     if isinstance(error, OSError) and error.strerror:
         what = f"{error.filename}: " if error.filename else ""
         return ImagerError(f"{what}{error.strerror}")
@@ -113,7 +114,7 @@ def run(arguments: Sequence[str]) -> int:
             import traceback
 
             traceback.print_exc()
-        error = _as_error(caught, None)
+        error = _as_error(caught)
         if error is None:
             if not isinstance(caught, Exception):
                 raise
@@ -128,8 +129,8 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> NoReturn:
     """The console script."""
-    signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGHUP, _stop)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _stop)
     try:
         code = run(sys.argv[1:])
     except KeyboardInterrupt:

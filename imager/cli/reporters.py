@@ -7,7 +7,6 @@ and the rate of the last seconds, or it says nothing.
 
 from __future__ import annotations
 
-import sys
 from collections import deque
 from time import monotonic
 from typing import IO, TYPE_CHECKING
@@ -284,20 +283,20 @@ class BarReporter(TerminalReporter):
             super()._line(text)
 
 
-def choose(settings: Settings, stream: IO[str]) -> TerminalReporter:
-    """The reporter for these settings. `stream` is standard output for a JSON stream, else standard error."""
+def choose(settings: Settings, stream: IO[str], *, long_job: bool = True) -> TerminalReporter:
+    """The reporter for these settings.
+
+    `stream` is standard output where events join the JSON stream of a long job, else
+    standard error. A query that is answered in JSON shows progress only on demand.
+    """
     mode = settings.progress
-    if settings.json and mode != "none":
-        mode = "json"
-    if mode == "auto":
-        mode = "bar" if is_terminal(stream) else "plain"
-    if settings.json and mode == "none":
-        # No progress was asked for; warnings still are messages of the stream.
+    if settings.json and mode in ("none", "plain") or settings.json and mode == "auto" and not long_job:
+        # Warnings are messages all the same.
         return JsonReporter(stream, quiet=True)
-    if settings.quiet:
-        kind: type[TerminalReporter] = JsonReporter if mode == "json" else TerminalReporter
-    else:
-        kind = {"plain": PlainReporter, "json": JsonReporter, "bar": BarReporter, "none": TerminalReporter}[
-            mode
-        ]
-    return kind(stream or sys.stderr, verbose=settings.verbose, quiet=settings.quiet)
+    if settings.json or mode == "json":
+        return JsonReporter(stream, verbose=settings.verbose, quiet=settings.quiet)
+    if settings.quiet or mode == "none":
+        return TerminalReporter(stream, verbose=settings.verbose, quiet=settings.quiet)
+    if mode == "auto" and is_terminal(stream):
+        return BarReporter(stream, verbose=settings.verbose)
+    return PlainReporter(stream, verbose=settings.verbose)

@@ -63,7 +63,8 @@ class Shell:
         """The reporter that the settings ask for. `long_job`: with `--json`, events join the stream."""
         from imager.cli import reporters
 
-        return reporters.choose(self.settings, sys.stdout if self.json and long_job else sys.stderr)
+        stream = sys.stdout if self.json and long_job else sys.stderr
+        return reporters.choose(self.settings, stream, long_job=long_job)
 
     # --- the repository ------------------------------------------------------
 
