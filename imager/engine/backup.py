@@ -53,7 +53,7 @@ class BackupOptions:
 
 @dataclass(frozen=True, slots=True)
 class BackupPlan:
-    """What is going to be done. `base` is a set's id; sizes in bytes."""
+    """What is going to be done. `base` is a set's id, `seen` the ids of all sets that were there."""
 
     name: str
     host: str
@@ -65,6 +65,7 @@ class BackupPlan:
     options: BackupOptions
     base_manifest: Manifest | None
     previous: Manifest | None
+    seen: tuple[str, ...] = ()
 
     def describe(self) -> list[str]:
         """The plan in lines for a person."""
@@ -178,6 +179,7 @@ def plan(
         options,
         base,
         previous,
+        tuple(head.id for head in heads),
     )
 
 
@@ -512,8 +514,7 @@ def _run(
     head = Head(
         session.id, public.created, public.lineage, public.sequence, _native.blake3(manifest), manifest
     )
-    earlier = [previous] if previous else []
-    for problem in Witness(repository.id).observe([*earlier, head]):
+    for problem in Witness(repository.id).committed(head, plan.seen):
         reporter.note(problem)
     return BackupSummary(
         set=session.id,

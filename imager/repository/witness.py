@@ -87,6 +87,20 @@ class Witness:
             self._store(lineages, problems)
         return problems
 
+    def committed(self, item: SetLike, before: Iterable[str]) -> list[str]:
+        """Remember a set that this machine has just written. `before`: ids of the sets that it had looked at.
+
+        Returns what went wrong with writing it down.
+        """
+        problems: list[str] = []
+        lineages = self._load(problems)
+        last = lineages.get(item.lineage)
+        # Where the last one seen was not among them something is wrong, and must go on being told.
+        if last is None or (item.sequence > last.sequence and last.set in set(before)):
+            lineages[item.lineage] = Seen(item.sequence, item.id, item.digest.hex())
+            self._store(lineages, problems)
+        return problems
+
     def accept(self, sets: Iterable[SetLike]) -> list[str]:
         """Forget the memory and take what is there now as the truth: a person said so.
 
