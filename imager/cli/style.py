@@ -29,6 +29,11 @@ def paint(text: str, style: str, stream: IO[str]) -> str:
     return f"\033[{_CODES[style]}m{text}\033[0m"
 
 
+def count(number: int, thing: str) -> str:
+    """`1 block`, `3 blocks`."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
 def table(
     stream: IO[str], headings: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()
 ) -> None:

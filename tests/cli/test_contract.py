@@ -203,3 +203,22 @@ def test_the_reference_page_is_current() -> None:
 
     path = Path(__file__).parents[2] / "docs/reference/commands.md"
     assert path.read_text() == page(), "run: python -m imager.cli.manual > docs/reference/commands.md"
+
+
+def field_names(value: object) -> set[str]:
+    """Every name in a JSON document, but those of `source` and `stats`, which are free."""
+    if isinstance(value, list):
+        return set().union(*map(field_names, value))
+    if not isinstance(value, dict):
+        return set()
+    below = [field_names(one) for key, one in value.items() if key not in ("source", "stats", "root")]
+    return set(value).union(*below)
+
+
+@pytest.mark.parametrize("verb", ["list", "show", "devices", "diff", "backup", "verify", "check", "restore"])
+def test_every_field_is_documented(imager, arguments, repository: Path, verb: str) -> None:
+    page = (Path(__file__).parents[2] / "docs/reference/json.md").read_text()
+    words = arguments(verb) if verb in NEEDS_REPOSITORY else [verb]
+    ended = imager.ok("-r", repository, *words, "--json")
+    for name in field_names(ended.messages):
+        assert f"`{name}`" in page, name

@@ -28,7 +28,7 @@ def refreshed(page: str) -> str:
         old = "\n".join([f"$ {step.command}", *step.expected]) + "\n"
         at = page.index(old, at)
         lines = step.expected if "..." in step.expected else printed
-        new = "\n".join([f"$ {step.command}", *(line.replace(scratch, "/tmp/try") for line in lines)]) + "\n"
+        new = "\n".join([f"$ {step.command}", *lines]) + "\n"
         page = page[:at] + new + page[at + len(old) :]
         at += len(new)
     return page

@@ -17,6 +17,7 @@ from tests.docs import pages
 ROOT = Path(__file__).parents[2]
 WITH_COMMANDS = [p for p in pages.pages(ROOT) if pages.steps(p.read_text())]
 MARK = "\x01"
+HOME = "/home/you"
 
 # These start this very test run, and a rehearsal that the tests of the lab run.
 RUN_ELSEWHERE = ("./dev ", "git clone ", "cd imager")
@@ -68,6 +69,10 @@ def run_page(page: str, folder: Path, stand_ins: dict[str, str]) -> list[tuple[p
     )
     for name, device in stand_ins.items():
         done.stdout = done.stdout.replace(device, name).replace(Path(device).name, Path(name).name)
+    # What a page shows stands for whoever reads it.
+    done.stdout = done.stdout.replace(str(folder), HOME).replace(
+        f"from {os.uname().nodename}\n", "from debian\n"
+    )
     results: list[tuple[pages.Step, int, list[str]]] = []
     for number, step in enumerate(steps):
         _, begun, after = done.stdout.partition(f"{MARK}begin {number}\n")

@@ -9,6 +9,7 @@ import click
 from imager.cli.group import verb
 from imager.cli.options import CODEC, SIZE, THREADS
 from imager.cli.shell import Shell
+from imager.cli.style import count
 from imager.errors import EXIT_DONE, EXIT_INCOMPLETE
 from imager.units import format_duration, format_rate, format_size
 
@@ -115,9 +116,8 @@ def _print(shell: Shell, summary: BackupSummary) -> None:
     shell.print(f"{summary.name} {summary.set[:8]}: {summary.strategy}{base}")
     for image in summary.images:
         read = f"{format_size(image.bytes_read)} read ({image.change_source})"
-        blocks = (
-            f"{image.blocks_changed} blocks changed, {image.blocks_new} stored, {image.blocks_shared} known"
-        )
+        changed = count(image.blocks_changed, "block")
+        blocks = f"{changed} changed, {image.blocks_new} stored, {image.blocks_shared} known"
         shell.print(f"  {image.disk}: {format_size(image.size)}, {read}, {blocks}")
         for start, length in image.unreadable:
             shell.print(f"  {image.disk}: UNREADABLE: {length} bytes at {start}")

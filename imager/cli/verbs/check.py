@@ -9,6 +9,7 @@ import click
 from imager.cli.group import verb
 from imager.cli.options import THREADS
 from imager.cli.shell import Shell
+from imager.cli.style import count
 from imager.errors import EXIT_DONE, EXIT_INTEGRITY
 from imager.units import format_size
 
@@ -54,6 +55,6 @@ def _print(shell: Shell, summary: Summary) -> None:
         shell.print(f"{'repaired' if problem.repaired else 'DAMAGED'}: {problem}")
     for line in (*summary.notes, *summary.repaired):
         shell.print(line)
-    read = f"{summary.packs_read} of {summary.packs} packs read ({format_size(summary.bytes_read)})"
+    read = f"{summary.packs_read} of {count(summary.packs, 'pack')} read ({format_size(summary.bytes_read)})"
     verdict = "the repository is whole" if summary.ok else "the repository is DAMAGED"
-    shell.print(f"{verdict}: {summary.sets} sets, {summary.pages} map pages, {read}")
+    shell.print(f"{verdict}: {count(summary.sets, 'set')}, {count(summary.pages, 'map page')}, {read}")
