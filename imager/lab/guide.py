@@ -16,10 +16,11 @@ what was restored from them. Remove the folder when you are done with it.
   restored.img        the last set, restored
   earlier.img         the second set, restored over the first (--delta)
   repository/         the repository: three sets of the lineage `lab`
-  damaged-repository/ the same, but one byte of one pack was changed
-  passphrase.txt      opens both
-  refused.img         what the refused restore of damaged data left: incomplete
-  state/, cache/      what imager remembers between runs
+  passphrase.txt      opens the repository
+  state/              what imager remembers of it between runs
+  damaged/repository/ a copy in which one byte of one pack was changed
+  damaged/state/      what imager remembers of the copy
+  damaged/refused.img what the refused restore of damaged data left: incomplete
 {more}
 On the disk: {names}.
 
@@ -32,10 +33,12 @@ To try, from within this folder:
   imager show lab
   imager restore lab again.img && cmp disk.img again.img
   imager verify lab
-  imager -r damaged-repository verify lab
-  imager -r damaged-repository check --read-data
+  imager diff lab ./restored.img && echo equal
   imager backup disk.img --name again
-  imager diff lab restored.img && echo equal
+
+  export IMAGER_REPO=$PWD/damaged/repository IMAGER_STATE_DIR=$PWD/damaged/state
+  imager verify lab
+  imager check --read-data
 """
 _STAGED = """\
   partitions/         each filesystem as a file of its own

@@ -52,16 +52,16 @@ def run(options: LabOptions, reporter: Reporter) -> LabSummary:
     starting is raised: `UsageError`, `CommandError` (no tools for ext4), `StorageError` (no room),
     and `Interrupted`."""
     began = time.monotonic()
-    why = "so it was asked for" if options.files_only else rig.without_devices()
+    why = "as asked for" if options.files_only else rig.without_devices()
     size = options.size // _SECTOR * _SECTOR
     partitions, left_out = disk.choose(size, devices=why is None)
     recorder = Recorder(reporter)
     for one in left_out:
         reporter.warn(f"the lab goes without {one.name}: {one.why}")
     data = 0
-    with _folder(options) as work:
+    with _folder(options, reporter) as work:
         _need_room(work, size, devices=why is None)
-        with _own_memory(work), ExitStack() as stack:
+        with steps.memory(work / "state"), ExitStack() as stack:
             stack.callback(_unmount_all, work, reporter)
             try:
                 lab = _set_up(stack, work, size, partitions, recorder, options, devices=why is None)
@@ -139,7 +139,7 @@ def _rehearse(lab: steps.Rehearsal) -> int:
 
 
 @contextmanager
-def _folder(options: LabOptions) -> Iterator[Path]:
+def _folder(options: LabOptions, reporter: Reporter) -> Iterator[Path]:
     """The folder to work in: the one to keep, or a temporary one that goes away."""
     if options.keep is not None:
         folder = Path(options.keep).absolute()
@@ -160,7 +160,14 @@ def _folder(options: LabOptions) -> Iterator[Path]:
     finally:
         with _undisturbed():
             if not mounting.sweep(folder):  # never look for files to remove behind a mount
-                shutil.rmtree(folder)
+                _remove(folder, reporter)
+
+
+def _remove(folder: Path, reporter: Reporter) -> None:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        reporter.warn(f"{folder} could not be removed: {error}", hint="remove it by hand")
 
 
 def _need_room(work: Path, size: int, *, devices: bool) -> None:
@@ -174,22 +181,6 @@ def _need_room(work: Path, size: int, *, devices: bool) -> None:
             f"the lab needs about {format_size(needed)} in {work.parent}, and {format_size(free)} are free",
             hint="choose a smaller --size, or another place with --keep or TMPDIR",
         )
-
-
-@contextmanager
-def _own_memory(work: Path) -> Iterator[None]:
-    """What the engine remembers between runs goes into the lab's folder."""
-    ours = {"IMAGER_STATE_DIR": str(work / "state"), "IMAGER_CACHE_DIR": str(work / "cache")}
-    before = {name: os.environ.get(name) for name in ours}
-    os.environ.update(ours)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _unmount_all(work: Path, reporter: Reporter) -> None:

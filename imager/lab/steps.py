@@ -212,7 +212,13 @@ def verify_all(lab: Rehearsal) -> None:
 
 def corrupt(lab: Rehearsal) -> None:
     """Damage one byte in a copy of the repository: it must be named, and never come back as good data."""
-    copy = lab.work / "damaged-repository"
+    folder = lab.work / "damaged"
+    folder.mkdir()
+    with memory(folder / "state"):  # what is known of the copy is not true of the repository
+        _corrupt(lab, folder / "repository")
+
+
+def _corrupt(lab: Rehearsal, copy: Path) -> None:
     sets = [one for one, _ in lab.sets]
     with lab.recorder.step("damage one byte") as row:
         with lab.open() as repository:
@@ -225,7 +231,7 @@ def corrupt(lab: Rehearsal) -> None:
     with lab.recorder.step("check --read-data, damaged copy") as row, lab.open(copy) as repository:
         _judge_check(row, check.check(repository, Silent(), read_data="all"), hurt)
     with lab.recorder.step("restore from the damaged copy") as row, lab.open(copy) as repository:
-        _must_fail(row, lambda: _try_restore(repository, sets[-1], lab.work / "refused.img"))
+        _must_fail(row, lambda: _try_restore(repository, sets[-1], copy.parent / "refused.img"))
 
 
 def _judge_verify(row: Draft, summary: verify.VerifySummary, hurt: wound.Wound, one: str) -> None:
@@ -275,6 +281,22 @@ def _must_fail(row: Draft, work: Callable[[], None]) -> None:
         row.remark = "refused, and says why"
         return
     row.fail("damaged data was restored as if it were good")
+
+
+@contextmanager
+def memory(folder: Path) -> Iterator[None]:
+    """What the engine remembers of repositories between runs goes into `folder` for a while."""
+    ours = {"IMAGER_STATE_DIR": str(folder), "IMAGER_CACHE_DIR": str(folder / "cache")}
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextmanager
