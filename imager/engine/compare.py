@@ -12,8 +12,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from imager._native import ReadError, Slots, Vault, non_zero, scan
-from imager.changes import holes
-from imager.device import blockio
 from imager.engine.windows import SEGMENT_BYTES, Ranges, Window, runs_of
 from imager.errors import ImagerError, SourceError
 from imager.events import Reporter
@@ -71,6 +69,8 @@ def open_readable(
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         if not stat.S_ISBLK(os.fstat(fd).st_mode):
             return Readable(fd, name or path, os.fstat(fd).st_size, sparse=True, failure=failure)
+        from imager.device import blockio
+
         direct = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
         os.close(fd)
         return Readable(direct, name or path, blockio.size(direct), direct=True, failure=failure)
@@ -148,6 +148,8 @@ class Comparer:
         return Extents.of([*data, *(Extents.of(found) & wanted)])
 
     def _data_blocks(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        from imager.changes import holes
+
         size = self._geometry.block_size
         stop = start * size + self._geometry.length(start, end)
         for low, high in holes.walk(self._what.fd, start * size, stop, size):

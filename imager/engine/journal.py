@@ -1,8 +1,9 @@
 """How far a restore has come, for `--resume`.
 
 Invariant: a range stands in the journal only after the target was flushed,
-so what is listed is on the medium. A journal speaks of one set, one disk and
-one target; one that cannot be read, or speaks of another, is no journal.
+so what is listed is on the medium, in whichever version of the journal
+survives a crash. A journal speaks of one set, one disk and one target; one
+that cannot be read, or speaks of another, is no journal.
 """
 
 from __future__ import annotations
@@ -99,7 +100,6 @@ class Journal:
             fd = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             try:
                 os.write(fd, msgspec.json.encode(self._state))
-                os.fsync(fd)
             finally:
                 os.close(fd)
             os.rename(staged, self.path)

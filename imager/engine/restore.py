@@ -30,7 +30,7 @@ from imager.errors import IntegrityError, Interrupted, TargetError
 from imager.events import Reporter
 from imager.extents import Extents
 from imager.repository.repository import Repository
-from imager.units import format_duration, format_size
+from imager.units import format_size
 
 __all__ = ["RestoreOptions", "RestorePlan", "RestoreSummary", "execute", "plan"]
 
@@ -62,6 +62,8 @@ def execute(
         try:
             run.all()
         except (KeyboardInterrupt, Interrupted) as error:
+            if not run.cleared:
+                raise Interrupted(f"interrupted before anything was written to {plan.target}") from error
             raise Interrupted(
                 f"interrupted: {plan.target} is incomplete, its first {format_size(HEAD)} are empty",
                 hint="the same command with --resume goes on where it stopped",
@@ -71,10 +73,11 @@ def execute(
         finally:
             target.close()
         saved = guarded.saved_table
+        if target.is_device and guarded.identity.kind != "partition" and not target.rescan():
+            old = f"the kernel still has the old list of {plan.target}'s partitions"
+            reporter.note(f"{old}: partx --update {plan.target}")
     plan.journal.remove()
     seconds = time.monotonic() - begun
-    if plan.verify:
-        reporter.note(f"{plan.target} was read back and is equal ({format_duration(seconds)})")
     return RestoreSummary(
         set=plan.set,
         name=plan.name,
@@ -135,14 +138,15 @@ class _Run:
             self.target.forget()  # what is compared must come from the medium, too
         names = {"full": "writing", "delta": "comparing and writing", "resume": "writing the rest"}
         self.reporter.phase(names[self.plan.mode], self.plan.size)
-        head = self.write_body()
+        self.write_body()
         self.reporter.end()
         if self.plan.verify:
             self.target.forget()
             self.check_body()
         else:
             self.target.flush()
-        self.write_head(head)
+        if self.cleared:
+            self.write_head()
 
     def clear_head(self) -> None:
         """From here on the target is incomplete, and looks it."""
@@ -153,30 +157,26 @@ class _Run:
 
     # -- the body ------------------------------------------------------------
 
-    def write_body(self) -> Extents:
-        """Write all but the head; returns the blocks of the head that are to be written."""
-        head = Extents.of([(0, self.head)])
+    def write_body(self) -> None:
+        """Write all but the head, which is cleared before anything is written."""
+        done = self.plan.journal.done
         for window in self.image.windows():
             here = Extents.of([(window.first, window.end)])
-            body = here & self.body
-            if not here - self.plan.journal.done:
+            if not here - done:
                 self.reporter.advance(self.geometry.total(here))
                 continue
-            if self.plan.mode == "delta" or (self.plan.mode == "resume" and here & self.plan.journal.begun):
+            body = here & self.body
+            compare = self.plan.mode == "delta" or bool(here & self.plan.journal.begun)
+            if compare:
                 differing = self.comparer.differing(window)
-                if window.first == 0 and not self.cleared:
-                    head = differing & head
-                if not differing & self.body:
+                if not differing:
                     continue
                 self.clear_head()
-                self.plan.journal.begin(window.first, window.end)
-                self.write(window, differing & self.body, counted=True)
-            else:
-                self.plan.journal.begin(window.first, window.end)
-                self.write(window, body, counted=False)
+                body = differing & self.body
+            self.plan.journal.begin(window.first, window.end)
+            self.write(window, body, counted=compare)
             self.target.flush()
             self.plan.journal.finish()
-        return Extents.of([(0, self.head)]) if self.cleared else head
 
     def write(self, window: Window, blocks: Extents, *, counted: bool) -> None:
         """Write `blocks` of a window. `counted`: the reporter knows of them from the comparison."""
@@ -224,16 +224,15 @@ class _Run:
 
     # -- the head ------------------------------------------------------------
 
-    def write_head(self, blocks: Extents) -> None:
+    def write_head(self) -> None:
         """The first MiB, last: from here on the target is whole."""
-        if not blocks:
-            return
-        for window in self.image.part(blocks):
-            self.write(window, blocks, counted=True)
+        head = Extents.of([(0, self.head)])
+        for window in self.image.part(head):
+            self.write(window, head, counted=True)
         self.target.flush()
         if self.plan.verify:
             self.target.forget()
-            for window in self.image.part(Extents.of([(0, self.head)])):
+            for window in self.image.part(head):
                 self.expect_none(self.comparer.differing(window))
 
 

@@ -8,6 +8,7 @@ plan's own fields are plain facts that print and encode.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,12 +17,13 @@ from imager.engine import images
 from imager.engine.compare import Geometry
 from imager.engine.images import Image
 from imager.engine.journal import Journal
-from imager.errors import UsageError
+from imager.errors import IntegrityError, UsageError
 from imager.events import Reporter
 from imager.repository.repository import Repository
 from imager.storage.folder import FolderStorage
-from imager.units import format_size, format_time
+from imager.units import KIB, format_size, format_time
 
+_TABLE = 64 * KIB  # holds a GPT of the usual 128 entries at any sector size
 SHOWN = 8
 "Extents that a message lists."
 
@@ -138,6 +140,8 @@ def plan(
             "--resume relies on the read-back: it cannot go with --no-verify",
             hint="leave --no-verify out, or use --delta --no-verify, which reads the target first",
         )
+    if target == "-":
+        raise UsageError("standard output takes no plan: there is nothing to guard and nothing to read back")
     image = images.select_one(repository, text, options.disk)
     storage = repository.storage
     verdict, journal, resuming = _examine(image, target, options, storage)
@@ -188,9 +192,10 @@ def _examine(
             repository_path=root,
             required_size=image.geometry.size,
             overwrite=overwrite,
-            whole_disk=None,
+            whole_disk=whole,
         )
 
+    whole = _whole_disk(image, target)
     verdict = ask(options.overwrite)
     identity = verdict.identity
     place = (identity.dev, identity.inode or identity.diskseq or 0) if identity else (0, 0)
@@ -206,6 +211,35 @@ def _examine(
     if resuming and not options.overwrite and not verdict.allowed:
         verdict = ask(True)  # the content is this very restore's own
     return verdict, journal, resuming
+
+
+def _whole_disk(image: Image, target: str) -> bool | None:
+    """Whether the image is of a whole disk (it has a partition table) or of a partition; None: unsure.
+
+    Asked only where the target is a device; a damaged beginning tells nothing.
+    """
+    try:
+        if not stat.S_ISBLK(os.stat(target).st_mode):
+            return None
+    except OSError:
+        return None
+    if isinstance(image.source, dict) and image.source.get("kind") == "partition":
+        return False
+    from imager.device.partition_table import read_table
+    from imager.engine.stream import Streamer
+
+    size = image.geometry.size
+    streamer = Streamer(image)
+    try:
+        streamer.fill(0, min(size, _TABLE))
+        for sector in (512, 4096):
+            if read_table(lambda at, length: os.pread(streamer.fd, length, at), size, sector):
+                return True
+    except IntegrityError:
+        pass
+    finally:
+        streamer.close()
+    return None
 
 
 def _bytes(image: Image) -> tuple[int, int]:

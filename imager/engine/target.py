@@ -13,7 +13,7 @@ import errno
 import os
 
 from imager._native import WriteError
-from imager.device import blockio
+from imager.device import blockio, ioctl
 from imager.device.guard import Guarded
 from imager.engine.compare import Readable
 from imager.errors import TargetError
@@ -108,6 +108,15 @@ class Target:
         """Whether direct reads need more than the 4 KiB that every image's blocks are multiples of."""
         need = blockio.alignment(fd)
         return max(need.memory, need.offset) > 4096
+
+    def rescan(self) -> bool:
+        """Have the kernel read a disk's partition table anew. False where it would not."""
+        try:
+            ioctl.call(self.fd, ioctl.BLKRRPART)
+        except OSError as error:
+            # EINVAL: a device that has no partitions for the kernel, such as most loop devices.
+            return error.errno in (errno.EINVAL, errno.ENOTTY)
+        return True
 
     def failed(self, offset: int | None, error: OSError) -> TargetError:
         """The error for a write that failed at `offset`."""

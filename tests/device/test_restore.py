@@ -226,3 +226,23 @@ def test_the_plan_tells_what_is_on_the_target(writer: Writer, make: Make) -> Non
     plan = restore.plan(writer.repository, "disk", device.path, RestoreOptions(), Silent())
     text = "\n".join(plan.describe())
     assert "ext4 'precious'" in text and device.path in text
+
+
+def test_an_image_of_a_disk_does_not_go_into_a_partition(writer: Writer, make: Make, tmp_path: Path) -> None:
+    source = tmp_path / "gpt.img"
+    with open(source, "wb") as file:
+        file.truncate(16 * MIB)
+    table = b"label: gpt\nstart=1MiB,size=8MiB\nsize=4MiB\n"
+    subprocess.run(["sfdisk", "-q", source], input=table, check=True)
+    writer.store({"sda": source})
+    device = make(40 * MIB)
+    parts = b"label: gpt\nstart=1MiB,size=20MiB\n"
+    subprocess.run(["sfdisk", "-q", "--no-reread", device.path], input=parts, check=True)
+    part = device.add_partitions()[1]
+    before = read(device)
+    with pytest.raises(GuardRefused, match="whole disk"):
+        restore.plan(writer.repository, "disk", part, RestoreOptions(), Silent())
+    assert read(device) == before
+    device.remove_partitions()
+    go(writer, device)
+    assert read(device)[: 16 * MIB] == source.read_bytes()
