@@ -7,7 +7,6 @@ counts. A verb's module is imported only when that verb is asked for.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
@@ -130,6 +129,8 @@ class LazyGroup(click.Group):
         name = args[0]
         if name in self._modules or ctx.resilient_parsing or name.startswith("-"):
             return super().resolve_command(ctx, args)
+        import difflib
+
         near: Sequence[str] = difflib.get_close_matches(name, self._modules, n=2)
         raise click.UsageError(
             f"there is no verb {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""), ctx
