@@ -66,9 +66,14 @@ class Fetcher:
         self._reporter = reporter
         self._target = target
         self._threads = threads
+        self._quiet = False
 
-    def slices(self, gather: Gather) -> Iterator[list[Damage]]:
-        """Fetch a slice each time; yields what was damaged in it. Raises `WriteError`, `StorageError`."""
+    def slices(self, gather: Gather, *, quiet: bool = False) -> Iterator[list[Damage]]:
+        """Fetch a slice each time; yields what was damaged in it. Raises `WriteError`, `StorageError`.
+
+        `quiet`: the reporter has been told of these bytes already.
+        """
+        self._quiet = quiet
         most = max(1, SLICE_BYTES // self._geometry.block_size)
         start, total = 0, len(gather)
         while start < total:
@@ -103,7 +108,8 @@ class Fetcher:
             target=self._target,
             threads=self._threads,
         )
-        self._reporter.advance(done)
+        if not self._quiet:
+            self._reporter.advance(done)
         return failures
 
     def _broken(self, pack: int, reasons: dict[int, str]) -> bool:

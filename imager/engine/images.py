@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from imager.repository.blockmap import MapReader
-
 from imager._native import DATA, ZERO
 from imager.engine.compare import Geometry
 from imager.engine.windows import Ranges, Window, windows
 from imager.errors import IntegrityError, UsageError
 from imager.extents import Extents
 from imager.repository import imageset
+from imager.repository.blockmap import MapReader
 from imager.repository.manifest import Manifest
 from imager.repository.repository import Repository
 

@@ -34,6 +34,8 @@ from imager.units import format_size
 
 __all__ = ["RestoreOptions", "RestorePlan", "RestoreSummary", "execute", "plan"]
 
+_ALIGN = 4096
+"What direct writes are multiples of; every block size is."
 _MANY = 1 << 16
 "Written ranges that are remembered one by one; beyond, gaps between them are read back too."
 
@@ -78,6 +80,7 @@ def execute(
             reporter.note(f"{old}: partx --update {plan.target}")
     plan.journal.remove()
     seconds = time.monotonic() - begun
+    written = min(run.written_bytes, plan.size - run.zeroed_bytes)  # the last block may be short
     return RestoreSummary(
         set=plan.set,
         name=plan.name,
@@ -85,9 +88,9 @@ def execute(
         target=plan.target,
         mode=plan.mode,
         size=plan.size,
-        bytes_written=run.written_bytes,
+        bytes_written=written,
         bytes_zeroed=run.zeroed_bytes,
-        bytes_kept=plan.size - run.written_bytes - run.zeroed_bytes,
+        bytes_kept=plan.size - written - run.zeroed_bytes,
         verified=plan.verify,
         seconds=round(seconds, 3),
         left_alone=plan.left_alone,
@@ -113,21 +116,29 @@ class _Run:
         blocks = self.geometry.blocks
         self.head = min(blocks, -(-HEAD // self.geometry.block_size))
         self.body = Extents.of([(self.head, blocks)])
+        # What the first pass goes through: a delta looks at the head, too.
+        self.covered = Extents.whole(blocks) if plan.mode == "delta" else self.body
         repository = plan.image.repository
-        self.fetcher = Fetcher(
-            repository,
-            plan.disk,
-            self.geometry,
-            reporter,
-            target=target.fd,
-            threads=plan.options.threads,
-        )
+        fd, direct = target.writer()
+        # A last block that is no multiple of 4 KiB cannot be written directly.
+        tail = Extents.of([(blocks - 1, blocks)]) if direct and plan.size % _ALIGN else Extents()
+        self.routes = [(self.fetcher(fd), Extents.whole(blocks) - tail), (self.fetcher(target.fd), tail)]
         self.comparer = Comparer(
             repository.vault,
             self.geometry,
             target.reader(plan.size),
             reporter,
             plan.options.threads,
+        )
+
+    def fetcher(self, fd: int) -> Fetcher:
+        return Fetcher(
+            self.image.repository,
+            self.plan.disk,
+            self.geometry,
+            self.reporter,
+            target=fd,
+            threads=self.plan.options.threads,
         )
 
     def all(self) -> None:
@@ -137,7 +148,7 @@ class _Run:
         else:
             self.target.forget()  # what is compared must come from the medium, too
         names = {"full": "writing", "delta": "comparing and writing", "resume": "writing the rest"}
-        self.reporter.phase(names[self.plan.mode], self.plan.size)
+        self.reporter.phase(names[self.plan.mode], self.geometry.total(self.covered))
         self.write_body()
         self.reporter.end()
         if self.plan.verify:
@@ -163,12 +174,12 @@ class _Run:
         for window in self.image.windows():
             here = Extents.of([(window.first, window.end)])
             if not here - done:
-                self.reporter.advance(self.geometry.total(here))
+                self.reporter.advance(self.geometry.total(here & self.covered))
                 continue
             body = here & self.body
             compare = self.plan.mode == "delta" or bool(here & self.plan.journal.begun)
             if compare:
-                differing = self.comparer.differing(window)
+                differing = self.comparer.differing(window, self.covered)
                 if not differing:
                     continue
                 self.clear_head()
@@ -187,12 +198,12 @@ class _Run:
                 self.zeroed_bytes += length
             if not counted:
                 self.reporter.advance(length)
-        gather = gather_of(pieces(window), blocks)
-        length = self.geometry.block_size * gather.blocks
-        for damage in self.fetcher.slices(gather):
-            if damage:
-                raise _damaged(self.plan, merged(damage))
-        self.written_bytes += min(length, self.plan.size)
+        for fetcher, where in self.routes:
+            gather = gather_of(pieces(window), blocks & where)
+            for damage in fetcher.slices(gather, quiet=counted):
+                if damage:
+                    raise _damaged(self.plan, merged(damage))
+            self.written_bytes += self.geometry.block_size * gather.blocks
         self.remember(blocks)
 
     def remember(self, blocks: Extents) -> None:

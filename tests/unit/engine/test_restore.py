@@ -154,6 +154,56 @@ def test_unused_and_unreadable_come_back_as_zeroes(
     assert out.read_bytes() == data
 
 
+class Counting(Silent):
+    """Holds every phase to its total."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[Any] | None = None
+        self.names: list[str] = []
+
+    def phase(self, name: str, total: int | None) -> None:
+        assert self.open is None
+        self.open = [name, total, 0]
+        self.names.append(name)
+
+    def advance(self, done: int, *, stored: int = 0) -> None:
+        if self.open is not None:
+            self.open[2] += done
+            assert self.open[2] <= self.open[1]
+
+    def end(self) -> None:
+        assert self.open is not None
+        assert self.open[1] == self.open[2], self.open
+        self.open = None
+
+
+def test_totals_are_true(
+    plain: Repository, plain_writer: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from imager.engine import verify
+
+    monkeypatch.setattr(windows.windows, "__defaults__", (600,))
+    data = content(9 * MIB + 123)
+    plain_writer.store({"sda": data})
+    out = tmp_path / "out.img"
+    reporter = Counting()
+    go(plain, "disk", out, reporter)
+    assert reporter.names == ["writing", "reading back"]
+    go(plain, "disk", out, reporter, delta=True, overwrite=True)
+    out.write_bytes(data[: 5 * MIB] + os.urandom(MIB))
+    go(plain, "disk", out, reporter, delta=True, overwrite=True)
+    with monkeypatch.context() as patch:
+        Broken(patch, 30, KeyboardInterrupt())
+        with pytest.raises(Interrupted):
+            go(plain, "disk", out, overwrite=True)
+    monkeypatch.setattr(windows.windows, "__defaults__", (300,))
+    go(plain, "disk", out, reporter, resume=True)
+    assert reporter.names[-2:] == ["writing the rest", "reading back"]
+    verify.verify(plain, "disk", reporter, against=str(out))
+    assert out.read_bytes() == data
+
+
 def test_several_disks(plain: Repository, plain_writer: Writer, tmp_path: Path) -> None:
     a, b = content(MIB, seed=1), content(2 * MIB, seed=2)
     plain_writer.store({"sda": a, "sdb": b})
