@@ -24,7 +24,7 @@ from imager.engine.source import Opened, SourcePlan, lineage_name, open_source, 
 from imager.errors import ImagerError, UsageError
 from imager.events import Reporter
 from imager.extents import Extents
-from imager.repository import imageset, index
+from imager.repository import imageset, index, missing
 from imager.repository.blockmap import DamagedPage, MapReader
 from imager.repository.format import is_block_size, lineage_id, now
 from imager.repository.imageset import Body, Head, Image, Manifest, Previous, Public
@@ -39,7 +39,7 @@ _CODECS = {"none": 0, "lz4": 1, "zstd": 2}
 
 @dataclass(frozen=True, slots=True)
 class BackupOptions:
-    """What the person asked for. `block_size` in bytes, None: by device size or base. `changed`: a map file."""
+    """What is asked for. `block_size` in bytes, None: by device size or base. `changed`: a map file."""
 
     name: str | None = None
     strategy: str = "auto"
@@ -70,9 +70,8 @@ class BackupPlan:
     def describe(self) -> list[str]:
         """The plan in lines for a person."""
         base = f" on set {self.base[:8]}" if self.base else ""
-        lines = [
-            f"back up as {self.name}: {self.strategy}{base}, {self.compression}, blocks of {format_size(self.block_size)}"
-        ]
+        how = f"{self.compression}, blocks of {format_size(self.block_size)}"
+        lines = [f"back up as {self.name}: {self.strategy}{base}, {how}"]
         for source in self.sources:
             size = "a stream" if source.stream else format_size(source.size)
             what = " ".join(filter(None, (source.identity.model, source.identity.serial)))
@@ -311,20 +310,24 @@ def execute(repository: Repository, plan: BackupPlan, reporter: Reporter) -> Bac
     """
     begun, started = time.monotonic(), now()
     locked = _Locked(reporter)
-    repository.packs_present()
+    known = index.load(repository, locked)
+    repository.packs_present()  # After the index, so that of what that names nothing is too new to be listed.
+    lost = missing.digest(missing.packs(repository))
     lanes: list[_Lane] = []
     try:
         for source in plan.sources:
-            lanes.append(_lane(repository, plan, source, locked))
+            lanes.append(_lane(repository, plan, source, lost, locked))
         with Session.begin(repository, host=plan.host) as session:
-            return _run(session, plan, lanes, locked, started, begun)
+            return _run(session, plan, lanes, known, lost, locked, started, begun)
     finally:
         for lane in lanes:
             if lane.opened is not None:
                 lane.opened.close()
 
 
-def _lane(repository: Repository, plan: BackupPlan, source: SourcePlan, reporter: Reporter) -> _Lane:
+def _lane(
+    repository: Repository, plan: BackupPlan, source: SourcePlan, lost: str, reporter: Reporter
+) -> _Lane:
     base = _image_of(plan.base_manifest, source, plan.block_size)
     if source.stream:
         return _Lane(source, None, base, Extents(), None, "stream")
@@ -336,6 +339,12 @@ def _lane(repository: Repository, plan: BackupPlan, source: SourcePlan, reporter
         raise
     elsewhere = ZERO if changes.elsewhere == ELSEWHERE_ZERO else None
     wanted = changes.extents.clip(opened.size).blocks(plan.block_size)
+    if not changes.exact and base is not None and plan.base_manifest is not None:
+        # What the base could not read is not known to be unchanged, whatever a map says.
+        unread = Extents.of((start, start + length) for start, length in base.unreadable)
+        wanted |= unread.clip(opened.size).blocks(plan.block_size)
+        if lost and lost != plan.base_manifest.content.lost:
+            wanted |= missing.blocks(repository, base)
     return _Lane(source, opened, base, wanted, elsewhere, changes.source, sampled)
 
 
@@ -355,19 +364,30 @@ def _changes(
 
         answer = given.read(plan.options.changed).changes(request)
         if isinstance(answer, Changes) and base is not None:
-            problem, sampled = _sample(repository, plan, opened, base, answer, reporter)
+            try:
+                problem, sampled = _sample(repository, plan, opened, base, answer)
+            except DamagedPage as damage:
+                reporter.warn(
+                    f"the map {plan.options.changed} is not used: {damage.message}",
+                    hint=f"all of {source.path} is read instead; imager check names what is damaged",
+                )
+                return _without_map(request), 0
             if problem is None:
                 return answer, sampled
             reporter.warn(
                 f"the map {plan.options.changed} is wrong and is not used: {problem}",
-                hint=f"all of {source.path} is read instead; find out why the map was wrong before you use another",
+                hint=f"all of {source.path} is read instead; find out why it was wrong",
             )
         elif isinstance(answer, Unknown):
             reporter.warn(
                 f"the map {plan.options.changed} is not used for {source.path}: {answer.reason}",
                 hint=f"all of {source.path} is read instead",
             )
-    return (HashScan() if source.identity.is_device else Holes()).changes(request), sampled
+    return _without_map(request), sampled
+
+
+def _without_map(request: Request) -> Changes:
+    return (HashScan() if request.identity.is_device else Holes()).changes(request)
 
 
 def _base_of(plan: BackupPlan, base: Image | None) -> Base | None:
@@ -383,9 +403,11 @@ def _sample(
     opened: Opened,
     base: Image,
     changes: Changes,
-    reporter: Reporter,
 ) -> tuple[str | None, int]:
-    """Compare random blocks that a map calls unchanged: (what is wrong, blocks compared)."""
+    """Compare random blocks that a map calls unchanged: (what is wrong, blocks compared).
+
+    Raises `DamagedPage` where the base's map is, `SourceError`.
+    """
     from imager.changes import sample
 
     chosen = sample.choose(changes.extents.blocks(plan.block_size), base.blocks)
@@ -393,11 +415,8 @@ def _sample(
         return None, 0
     ranges = Extents.of((block, block + 1) for block in chosen)
     slots = Slots()
-    try:
-        for _, count, part in MapReader(repository, base).walk(ranges.ranges):
-            slots.extend(Slots(count, part) if isinstance(part, int) else part)
-    except DamagedPage as damage:
-        return f"the base set's block map is damaged ({damage.reason})", 0
+    for _, count, part in MapReader(repository, base, listed_only=True).walk(ranges.ranges):
+        slots.extend(Slots(count, part) if isinstance(part, int) else part)
     try:
         found = _native.scan(
             repository.vault,
@@ -418,18 +437,22 @@ def _sample(
     lost = sum(end - start for kind, start, end in slots.runs() if kind not in (DATA, ZERO))
     if wrong > lost:
         first = found.differing[0][0] * plan.block_size
-        return (
-            f"{wrong} of {len(chosen)} sampled blocks that it calls unchanged have changed, the first at byte {first}",
-            len(chosen),
-        )
+        said = f"{wrong} of {len(chosen)} sampled blocks that it calls unchanged have changed"
+        return f"{said}, the first at byte {first}", len(chosen)
     return None, len(chosen)
 
 
 def _run(
-    session: Session, plan: BackupPlan, lanes: list[_Lane], reporter: Reporter, started: int, begun: float
+    session: Session,
+    plan: BackupPlan,
+    lanes: list[_Lane],
+    known: _native.Known,
+    lost: str,
+    reporter: Reporter,
+    started: int,
+    begun: float,
 ) -> BackupSummary:
     repository = session.repository
-    known = index.load(repository, reporter)
     codec, level = parse_compression(plan.compression)
     settings = Settings(
         plan.block_size, codec, level, plan.options.threads, plan.options.on_read_error == "skip"
@@ -443,7 +466,7 @@ def _run(
         )
     reporter.phase("reading", total)
     for lane in lanes:
-        base = MapReader(repository, lane.base) if lane.base is not None else None
+        base = MapReader(repository, lane.base, listed_only=True) if lane.base is not None else None
         size = lane.opened.size if lane.opened is not None else 0
         lane.imaging = Imaging(session, known, settings, base, reporter, size)
     if len(lanes) == 1:
@@ -488,7 +511,8 @@ def _run(
         set=session.id,
         version=1,
         features=(),
-        created=now(),
+        # A clock that went back must not make an older set the latest.
+        created=max(now(), previous.created + 1 if previous else 0),
         lineage=lineage.hex(),
         sequence=previous.sequence + 1 if previous else 1,
         previous=Previous(previous.id, previous.digest.hex()) if previous else None,
@@ -508,6 +532,7 @@ def _run(
         started=started,
         finished=now(),
         tool=f"imager {__version__}",
+        lost=lost,
     )
     manifest = imageset.encode(repository, public, body, session.key)
     session.commit(manifest)

@@ -99,6 +99,9 @@ class Imaging:
 
         Raises `SourceError`, `StorageError`.
         """
+        if elsewhere is None and (untold := self._writer.untold(wanted)):
+            wanted |= untold
+            self._warn_once()
         batch: list[tuple[Leaf, list[tuple[int, int]]]] = []
         blocks = 0
         position = 0
@@ -173,12 +176,14 @@ class Imaging:
     def stream(self, fd: int, path: str) -> Imaged:
         """Image a stream to its end. Raises `SourceError`, `StorageError`."""
         buffer = memoryview(bytearray(_STREAM))
+        self._writer.growing = True
         while count := _fill(fd, path, buffer):
             offset, self._size = self._size, self._size + count
             self._writer.blocks = -(-self._size // self._settings.block_size)
             self._stream_segment(bytes(buffer[:count]), offset)
             if count < _STREAM:
                 break
+        self._writer.growing = False
         if self._open_leaf is not None:
             self._writer.put(self._open_leaf)
             self._open_leaf = None

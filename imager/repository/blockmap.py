@@ -67,10 +67,15 @@ def slots_of(level: int, index: int, blocks: int) -> int:
 
 
 class MapReader:
-    """Reads the map of one image. Pages are fetched when they are needed; a few are kept."""
+    """Reads the map of one image. Pages are fetched when they are needed; a few are kept.
 
-    def __init__(self, repository: Repository, image: Image) -> None:
+    `listed_only`: a page in a pack that the storage's listing lacks (one that a
+    repair set aside) counts as damaged, for a new set must not refer to it.
+    """
+
+    def __init__(self, repository: Repository, image: Image, *, listed_only: bool = False) -> None:
         self.repository = repository
+        self._listed_only = listed_only
         self.blocks = image.blocks
         self.block_size = image.block_size
         self.root = image.root
@@ -97,6 +102,8 @@ class MapReader:
         repository = self.repository
         first = page.index * span(page.level)
         try:
+            if self._listed_only and not repository.names.is_present(page.pack):
+                raise IntegrityError("its pack is missing or was set aside")
             record = repository.read_page(page.pack, page.offset, page.length)
             _, keys = repository.pack_reader(page.pack)
             names = repository.names
@@ -263,12 +270,14 @@ class MapWriter:
     The caller takes leaves with `leaf`, overwrites slots, and hands them back with
     `put`; leaves that it never touches stay as they are in the base. `flush` writes
     what it can: a page waits until every pack that it refers to has its name.
+    While `growing` is set, `blocks` may still become larger (a stream).
     """
 
     def __init__(self, session: Session, blocks: int, base: MapReader | None) -> None:
         self.session = session
         self.blocks = blocks
         self.base = base
+        self.growing = False
         self._pending: dict[int, Slots] = {}
         self._changed: dict[int, Slots] = {}
         self._uniform: list[tuple[int, int, int]] = []
@@ -300,6 +309,25 @@ class MapWriter:
         slots.resize(self.length(index), UNKNOWN)
         return Leaf(index, page, old, slots, known)
 
+    def untold(self, wanted: Extents) -> Extents:
+        """Ranges of blocks below damaged pages that are above the leaves of `wanted`: the base tells nothing.
+
+        What damaged leaves hide is no part of it: `leaf` tells.
+        """
+        damaged: list[tuple[int, int]] = []
+        if self.base is None or self.base.root is None:
+            return Extents()
+        # Where nothing is wanted, the new map is the base's root: it has to be whole, at least.
+        leaves = {start // PAGE_SLOTS for start, _ in _cut(wanted, span(1))} or {0}
+        for index in sorted(leaves):
+            try:
+                found = self.base.find(0, index)
+                if not wanted and isinstance(found, Page):
+                    self.base.load(found)
+            except DamagedPage as damage:
+                damaged.append((damage.first_block, damage.first_block + damage.count))
+        return Extents.of(damaged)
+
     def length(self, index: int) -> int:
         """How many blocks a leaf has."""
         return min(PAGE_SLOTS, self.blocks - index * PAGE_SLOTS)
@@ -322,7 +350,8 @@ class MapWriter:
 
     def _shares_geometry(self) -> bool:
         base = self.base
-        return base is not None and base.blocks == self.blocks and base.root is not None
+        same = base is not None and base.blocks == self.blocks and base.root is not None
+        return same and not self.growing
 
     def uniform(self, start: int, end: int, kind: int) -> None:
         """The leaves `[start, end)` have one type throughout. In ascending order with the others."""
@@ -407,8 +436,11 @@ class MapWriter:
         first, count = index * PAGE_SLOTS, slots_of(level, index, self.blocks)
         old: Slots | None = None
         if self._shares_geometry() and self.base is not None:
-            found = self.base.find(level, index)
-            old = self.base.load(found) if isinstance(found, Page) else Slots(count, found or ZERO)
+            try:
+                found = self.base.find(level, index)
+                old = self.base.load(found) if isinstance(found, Page) else Slots(count, found or ZERO)
+            except DamagedPage:
+                pass  # The caller has given all that lies below.
         slots = old.copy() if old is not None else Slots(count, UNKNOWN)
         for start, end, kind in _within(uniform, first, first + count):
             slots.fill(start - first, end - first, kind)
@@ -417,9 +449,9 @@ class MapWriter:
                 slots.put(at, slot)
         if old is not None and slots.same_places(old):
             return
-        kind = slots.uniform()
-        if kind is not None and level < top:
-            self.uniform(index, index + 1, kind)
+        same = slots.uniform()
+        if same is not None and level < top:
+            self.uniform(index, index + 1, same)
         else:
             self._changed[index] = self._add(level, index, slots)
 
@@ -437,6 +469,16 @@ def _within(ranges: list[tuple[int, int, int]], start: int, end: int) -> Iterato
         if first >= end:
             return
         yield max(first, start), min(last, end), kind
+
+
+def _cut(wanted: Extents, size: int) -> Iterator[tuple[int, int]]:
+    """The ranges, cut where multiples of `size` lie within."""
+    for low, end in wanted:
+        start = low
+        while start < end:
+            stop = min(end, (start // size + 1) * size)
+            yield start, stop
+            start = stop
 
 
 def _reference(page: Page) -> Slots:

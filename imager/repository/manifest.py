@@ -107,6 +107,8 @@ class Body(msgspec.Struct, frozen=True):
     started: int = 0
     finished: int = 0
     tool: str = ""
+    lost: str = ""
+    "Digest of the names of the packs that were missing when it was made; it refers to none of them."
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +254,7 @@ def decode(repository: Repository, set_id: str, raw: bytes) -> Manifest:
     if is_abort_mark(raw):
         raise IntegrityError(f"{what} does not exist: its session was aborted")
     public = parse_public(raw, set_id, repository.config.repository)
-    if not _is_sealed(repository, raw):
+    if not is_sealed(repository, raw):
         raise IntegrityError(
             f"{what} is damaged or was replaced: its manifest's seal is not by this repository",
             hint="imager list shows the other image sets",
@@ -270,7 +272,8 @@ def decode(repository: Repository, set_id: str, raw: bytes) -> Manifest:
     return Manifest(public, body, _native.blake3(raw), len(raw))
 
 
-def _is_sealed(repository: Repository, raw: bytes) -> bool:
+def is_sealed(repository: Repository, raw: bytes) -> bool:
+    """Whether a manifest's bytes are those that a writer of this repository sealed."""
     message = _native.blake3(b"imager set v1" + raw[:-_SEAL])
     if repository.sealed:
         return keys.is_signed(bytes.fromhex(repository.config.verify_key), raw[-_SEAL:], message)

@@ -1,0 +1,57 @@
+"""Packs that the repository has lost, and what of a block map hangs on them.
+
+Invariant: a set that is built on another must not inherit references to packs
+that are gone. Losses are noticed from what the index and the maps' roots name
+and the storage does not list, so that nothing is walked where nothing is lost.
+"""
+
+from __future__ import annotations
+
+from imager import _native
+from imager._native import UNKNOWN
+from imager.extents import Extents
+from imager.repository.blockmap import MapReader
+from imager.repository.format import DAMAGED, is_pack_name
+from imager.repository.imageset import Image
+from imager.repository.repository import Repository
+
+
+def packs(repository: Repository) -> list[bytes]:
+    """Names of packs that are known of and not listed, sorted.
+
+    Known of are those that index segments name (load them before), roots of
+    maps that were opened, and what a repair set aside. Call `packs_present`
+    before. Raises `StorageError`.
+    """
+    names = repository.names
+    found = {
+        bytes.fromhex(name[-64:])
+        for name in repository.storage.list_names(DAMAGED)
+        if is_pack_name(name[-64:])
+    }
+    for number in range(names.reserve()):
+        if not names.is_present(number) and (name := names.name(number)) is not None:
+            found.add(name)
+    return sorted(found)
+
+
+def digest(lost: list[bytes]) -> str:
+    """What a manifest keeps of `packs`: empty where nothing is lost."""
+    return _native.blake3(b"".join(lost)).hex() if lost else ""
+
+
+def blocks(repository: Repository, image: Image) -> Extents:
+    """Ranges of blocks whose records or pages lie in packs that are not listed. Walks all of the map."""
+    gone: list[tuple[int, int]] = []
+
+    def damaged(first: int, count: int, reason: str) -> None:
+        gone.append((first, first + count))
+
+    reader = MapReader(repository, image, listed_only=True)
+    for first, _, part in reader.walk(on_damage=damaged):
+        if isinstance(part, int):
+            continue
+        slots = part.copy()
+        if slots.drop_absent(repository.names):
+            gone += [(first + low, first + high) for kind, low, high in slots.runs() if kind == UNKNOWN]
+    return Extents.of(gone)
