@@ -20,6 +20,7 @@ from imager.units import MIB, format_size
 SMALLEST = 192 * MIB
 """The least size of a lab disk: an EFI system partition, a small ext4, and the gaps."""
 
+_FDISK = "install the package fdisk (util-linux): the lab needs a partition table"
 _GAP = 768 << 10
 """Where random bytes stand outside any partition, as a boot loader's do."""
 
@@ -70,12 +71,14 @@ class Partition:
 def choose(size: int, devices: bool) -> tuple[tuple[Partition, ...], tuple[LeftOut, ...]]:
     """Lay out a disk of `size` bytes. `devices`: loop devices and mounts may be used.
 
-    Raises `UsageError` where the disk is too small, `CommandError` where ext4's tools are missing.
+    Raises `UsageError` where the disk is too small, `CommandError` where sfdisk or ext4's tools are missing.
     """
     if size < SMALLEST:
         raise UsageError(
             f"{format_size(size)} is too small", hint=f"--size {format_size(SMALLEST)} is the least"
         )
+    if command.find("sfdisk") is None:
+        raise CommandError("sfdisk is not installed", hint=_FDISK)
     kinds: list[tuple[Kind, bool]] = []
     left_out: list[LeftOut] = []
     room = size - 2 * MIB
@@ -83,7 +86,7 @@ def choose(size: int, devices: bool) -> tuple[tuple[Partition, ...], tuple[LeftO
         mount = devices and kind is not ESP and _mountable(kind.name)
         missing = _missing(kind, mount)
         if missing and kind is EXT4:
-            command.run([missing], hint="install e2fsprogs; the lab needs ext4")
+            raise CommandError(f"{missing} is not installed", hint="install e2fsprogs: the lab needs ext4")
         if missing:
             left_out.append(LeftOut(kind.name, f"{missing} is not installed"))
         elif room < kind.smallest:
@@ -140,7 +143,7 @@ def write_table(path: Path, partitions: Sequence[Partition]) -> None:
         for p in partitions
     ]
     argv = ["sfdisk", "--quiet", "--no-reread", "--no-tell-kernel", str(path)]
-    command.run(argv, stdin="\n".join([*lines, ""]).encode(), hint="install fdisk (util-linux)")
+    command.run(argv, stdin="\n".join([*lines, ""]).encode(), hint=_FDISK)
 
 
 def make_filesystem(part: Partition, path: str, staged: Path | None) -> None:

@@ -62,7 +62,6 @@ def run(options: LabOptions, reporter: Reporter) -> LabSummary:
     with _folder(options, reporter) as work:
         _need_room(work, size, devices=why is None)
         with steps.memory(work / "state"), ExitStack() as stack:
-            stack.callback(_unmount_all, work, reporter)
             try:
                 lab = _set_up(stack, work, size, partitions, recorder, options, devices=why is None)
                 data = _rehearse(lab)
@@ -75,6 +74,7 @@ def run(options: LabOptions, reporter: Reporter) -> LabSummary:
                 if isinstance(error, ImagerError) and error.hint:
                     reporter.note(f"hint: {error.hint}")
             finally:
+                _unmount_all(work, reporter)  # before the stack detaches the loop devices
                 if options.keep is not None:
                     names = tuple(part.name for part in partitions)
                     guide.write(work, names, devices=why is None)

@@ -57,10 +57,12 @@ def test_a_filesystem_without_its_tools_is_left_out_and_named(monkeypatch: pytes
     ]
 
 
-def test_without_ext4_there_is_no_lab(monkeypatch: pytest.MonkeyPatch) -> None:
-    without(monkeypatch, "mkfs.ext4")
-    with pytest.raises(CommandError, match=r"mkfs\.ext4 is not installed"):
+@pytest.mark.parametrize("tool", ["sfdisk", "mkfs.ext4", "debugfs"])
+def test_without_a_table_or_ext4_there_is_no_lab(monkeypatch: pytest.MonkeyPatch, tool: str) -> None:
+    without(monkeypatch, tool)
+    with pytest.raises(CommandError, match=f"{tool} is not installed") as caught:
         disk.choose(2 * GIB, devices=False)
+    assert caught.value.hint and "install" in caught.value.hint
 
 
 @needs(*ALL, "sfdisk")
