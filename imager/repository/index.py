@@ -14,7 +14,7 @@ from imager.events import Reporter
 from imager.repository.format import INDEX, KIND_DATA, is_pack_name, pack_object
 from imager.repository.repository import Repository
 from imager.repository.session import Session
-from imager.storage.errors import NotFound, StorageError
+from imager.storage.errors import Gone, NotFound, StorageError
 
 SEGMENT_ENTRIES = 1 << 20
 "Write a segment once this many entries are pending: 32 MiB of them."
@@ -37,7 +37,9 @@ def load(repository: Repository, reporter: Reporter | None = None) -> _native.Kn
             load_one(repository, known, name)
         except NotFound:
             continue  # deleted since it was listed
-        except IntegrityError as error:
+        except Gone:
+            raise
+        except (IntegrityError, StorageError) as error:
             if reporter is not None:
                 reporter.warn(
                     error.message,
@@ -57,7 +59,9 @@ def load_one(repository: Repository, known: _native.Known, name: str) -> int:
     except _native.DamagedError as error:
         raise IntegrityError(f"index segment {name.removeprefix(INDEX)} is damaged: {error}") from error
     except OSError as error:
-        raise StorageError(f"reading {name} failed: {error.strerror or error}") from error
+        if not error.errno:
+            raise IntegrityError(f"index segment {name.removeprefix(INDEX)} is cut short") from error
+        raise StorageError(f"reading {name} failed: {error.strerror}") from error
     finally:
         os.close(fd)
 
@@ -110,10 +114,8 @@ def rebuild(repository: Repository, reporter: Reporter) -> tuple[list[str], list
         fd = storage.open(pack_object(KIND_DATA, name))
         try:
             known.add_pack(repository.names.intern(name), _native.pack_records(fd, name, repository.id))
-        except _native.DamagedError as error:
+        except (_native.DamagedError, OSError) as error:
             reporter.warn(f"pack {name.hex()} is left out of the index: {error}")
-        except OSError as error:
-            raise StorageError(f"reading pack {name.hex()} failed: {error.strerror or error}") from error
         finally:
             os.close(fd)
         if known.pending >= SEGMENT_ENTRIES:
