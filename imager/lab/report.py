@@ -105,7 +105,9 @@ class Recorder:
             self._add(name, draft, time.perf_counter() - began)
 
     def _add(self, name: str, draft: Draft, seconds: float) -> None:
-        row = Row(name, not draft.problem, seconds, **draft.figures, remark=draft.problem or draft.remark)
+        row = Row(
+            name, not draft.problem, round(seconds, 3), **draft.figures, remark=draft.problem or draft.remark
+        )
         self.rows.append(row)
         if row.ok:
             self.reporter.note(f"{name}: {format_duration(seconds)}{': ' if row.remark else ''}{row.remark}")
