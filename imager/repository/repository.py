@@ -1,38 +1,26 @@
-"""A repository that is open: its keys, the names of its packs, and their bytes.
+"""Making a repository, opening it, and the keys of the one that is open.
 
 Invariant: nothing is read from a repository whose config is not whole and
-whose features are not all known; what is read from packs is bounded, and
-that it is what was stored is told by the record's own id, not by its place.
+whose features are not all known; and `init` never replaces a repository, nor
+takes its keys away from data that is there.
 """
 
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from threading import RLock
 
 from imager import _native
-from imager.errors import ImagerError, IntegrityError, NoRepository, UsageError, WrongKey
+from imager.errors import ImagerError, IntegrityError, NoRepository, UsageError
 from imager.repository import keys
 from imager.repository.credentials import Credentials
 from imager.repository.format import (
     CONFIG,
-    DAMAGED,
-    ENVELOPE,
     EPOCHS,
     INDEX,
-    KIND_DATA,
-    KIND_MAP,
     MAPS,
-    MAX_ENVELOPES,
-    MAX_PAGE,
     MAX_SMALL_JSON,
-    PACK_HEADER,
     PACKS,
     PLAIN,
-    RECORD_HEAD,
     SEALED,
     SESSIONS,
     SETS,
@@ -45,22 +33,16 @@ from imager.repository.format import (
     config_message,
     is_block_size,
     is_id,
-    is_pack_name,
     now,
     numbered,
-    pack_object,
     parse_config,
 )
 from imager.repository.keys import Secrets, Unlocking
+from imager.repository.packs import PackAccess, Reader
 from imager.storage.base import Storage
-from imager.storage.errors import AlreadyExists, Gone, NotFound, StorageError
+from imager.storage.errors import AlreadyExists, Gone, NotFound
 
-Reader = tuple[int, Sequence[int | None]]
-"A pack's descriptor, and the handles of its session keys by envelope number (None: a key that is not held)."
-
-_OPEN_PACKS = 64
-_CHUNK = 256 << 10
-_CHUNKS = 32
+__all__ = ["Opening", "Reader", "Repository"]
 
 
 class Opening:
@@ -123,22 +105,16 @@ class Opening:
         return Repository(self.storage, self.config, secrets)
 
 
-class Repository:
+class Repository(PackAccess):
     """An open repository. Safe to use from several threads; close it to free its descriptors."""
 
     def __init__(self, storage: Storage, config: Config, secrets: Secrets) -> None:
-        self.storage = storage
+        super().__init__(storage, bytes.fromhex(config.repository))
         self.config = config
         self.secrets = secrets
-        self.id = bytes.fromhex(config.repository)
-        self.names = _native.Names()
         self.vault = _native.Vault(self.id, secrets.id_key)
-        self._lock = RLock()
         self._handles: dict[bytes, int] = {}
         self._session_keys: dict[bytes, tuple[int, bytes]] = {}
-        self._readers: OrderedDict[int, Reader] = OrderedDict()
-        self._pinned: dict[int, int] = {}
-        self._chunks: OrderedDict[tuple[int, int], bytes] = OrderedDict()
 
     # --- from place to repository ------------------------------------------------
 
@@ -248,187 +224,6 @@ class Repository:
             self._session_keys[envelope] = (cipher, key)
             handle = self._handles[envelope] = self.vault.add_key(cipher, key)
             return handle
-
-    # --- packs -----------------------------------------------------------------------
-
-    def pack_names(self, kind: int) -> list[bytes]:
-        """Names of all packs of a kind that the storage lists. Raises `StorageError`."""
-        prefix = PACKS if kind == KIND_DATA else MAPS
-        at = len(prefix) + 3
-        return [
-            bytes.fromhex(name[at:])
-            for name in self.storage.list_names(prefix)
-            if is_pack_name(name[at:]) and name[at - 3 : at] == f"{name[at : at + 2]}/"
-        ]
-
-    def packs_present(self) -> int:
-        """List the packs and tell `names` which there are; returns how many. Raises `StorageError`."""
-        present = self.pack_names(KIND_DATA) + self.pack_names(KIND_MAP)
-        self.names.set_present(present)
-        return len(present)
-
-    def pack_label(self, number: int) -> str:
-        """How to name a pack in a message."""
-        name = self.names.name(number)
-        return f"pack {name.hex()}" if name is not None else f"the pack being written (number {number})"
-
-    def pack_reader(self, number: int) -> Reader:
-        """(descriptor, key handles by envelope number) of a pack, data or map.
-
-        The descriptor stays open until 64 other packs have been asked for;
-        `packs` keeps a larger number. Packs set aside by a repair are found too,
-        their healthy records are still good. Raises `IntegrityError` naming a
-        pack that is missing or has a damaged header, `WrongKey`, `StorageError`.
-        """
-        with self._lock:
-            reader = self._readers.get(number)
-            if reader is not None:
-                self._readers.move_to_end(number)
-                return reader
-            reader = self._open_pack(number)
-            self._readers[number] = reader
-            self._close_some()
-            return reader
-
-    @contextmanager
-    def packs(self, numbers: Sequence[int]) -> Iterator[dict[int, Reader]]:
-        """Readers of many packs, as `_native.fetch` wants them; all stay open within the `with`."""
-        with self._lock:
-            pinned: dict[int, Reader] = {}
-            try:
-                for number in numbers:
-                    self._pinned[number] = self._pinned.get(number, 0) + 1
-                    try:
-                        pinned[number] = self.pack_reader(number)
-                    except BaseException:
-                        self._unpin(number)
-                        raise
-            except BaseException:
-                for number in pinned:
-                    self._unpin(number)
-                raise
-        try:
-            yield pinned
-        finally:
-            with self._lock:
-                for number in pinned:
-                    self._unpin(number)
-                self._close_some()
-
-    def _unpin(self, number: int) -> None:
-        self._pinned[number] -= 1
-        if not self._pinned[number]:
-            del self._pinned[number]
-
-    def _close_some(self) -> None:
-        excess = len(self._readers) - _OPEN_PACKS
-        if excess <= 0:
-            return
-        for number in [number for number in self._readers if number not in self._pinned][:excess]:
-            os.close(self._readers.pop(number)[0])
-
-    def open_object(self, number: int) -> int:
-        """A descriptor of a pack's object, the caller's to close. Raises `IntegrityError`, `StorageError`."""
-        name = self.names.name(number)
-        if name is None:
-            raise IntegrityError(f"{self.pack_label(number)} cannot be read yet")
-        for kind in (KIND_DATA, KIND_MAP):
-            for prefix in ("", DAMAGED):
-                try:
-                    return self.storage.open(prefix + pack_object(kind, name))
-                except NotFound:
-                    continue
-        raise IntegrityError(
-            f"pack {name.hex()} is missing", hint="imager check tells which image sets that concerns"
-        )
-
-    def _open_pack(self, number: int) -> Reader:
-        fd = self.open_object(number)
-        try:
-            header = read_header(fd)
-            try:
-                envelopes = _native.pack_envelopes(header, self.id)
-            except _native.DamagedError as error:
-                raise IntegrityError(f"{self.pack_label(number)} is damaged: {error}") from error
-            return fd, self._handles_of(envelopes)
-        except OSError as error:
-            os.close(fd)
-            raise StorageError(f"reading {self.pack_label(number)} failed: {error.strerror}") from error
-        except BaseException:
-            os.close(fd)
-            raise
-
-    def _handles_of(self, envelopes: Sequence[bytes]) -> tuple[int | None, ...]:
-        """Handles of session keys. Raises `WrongKey` where not one of them is to be had."""
-        handles: list[int | None] = []
-        lacking: WrongKey | None = None
-        for envelope in envelopes:
-            try:
-                handles.append(self.session_key(envelope))
-            except WrongKey as error:
-                handles.append(None)
-                lacking = error
-        if lacking is not None and not any(handle is not None for handle in handles):
-            raise lacking
-        return tuple(handles)
-
-    def read_page(self, number: int, offset: int, length: int) -> bytes:
-        """A map page's record. Neighbours are read along with it, for pages lie one after the other.
-
-        Raises `IntegrityError` where the pack is missing or ends before, `StorageError`.
-        """
-        if not RECORD_HEAD <= length <= RECORD_HEAD + MAX_PAGE:
-            raise IntegrityError(f"no map page has {length} bytes (in {self.pack_label(number)})")
-        with self._lock:
-            first, last = offset // _CHUNK, (offset + length - 1) // _CHUNK
-            data = self._chunk(number, first)
-            if last != first:
-                data += self._chunk(number, last)
-        start = offset - first * _CHUNK
-        record = data[start : start + length]
-        if len(record) != length:
-            raise IntegrityError(f"{self.pack_label(number)} ends before its page at {offset}")
-        return record
-
-    def _chunk(self, number: int, index: int) -> bytes:
-        key = (number, index)
-        chunk = self._chunks.get(key)
-        if chunk is not None:
-            self._chunks.move_to_end(key)
-            return chunk
-        fd, _ = self.pack_reader(number)
-        try:
-            chunk = os.pread(fd, _CHUNK, index * _CHUNK)
-        except OSError as error:
-            raise StorageError(f"reading {self.pack_label(number)} failed: {error.strerror}") from error
-        self._chunks[key] = chunk
-        if len(self._chunks) > _CHUNKS:
-            self._chunks.popitem(last=False)
-        return chunk
-
-    def close(self) -> None:
-        """Close the descriptors of packs."""
-        with self._lock:
-            for fd, _ in self._readers.values():
-                os.close(fd)
-            self._readers.clear()
-            self._chunks.clear()
-
-    def __enter__(self) -> Repository:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def read_header(fd: int) -> bytes:
-    """The header of a pack, or as much of one as there is. Raises OSError."""
-    header = os.pread(fd, 4096, 0)
-    # A pack written by one session has one envelope; only a merged one may have more than fit here.
-    wanted = int.from_bytes(header[12:16], "little")
-    if len(header) < wanted <= PACK_HEADER + ENVELOPE * MAX_ENVELOPES:
-        header = os.pread(fd, wanted, 0)
-    return header[:wanted] if wanted >= PACK_HEADER else header
 
 
 def _builtins(config: Config) -> dict[str, object]:

@@ -35,8 +35,9 @@ from imager.repository.format import (
     parse,
     shape,
 )
+from imager.repository.packs import read_header
 from imager.repository.pages import BadPage, Seen, pages
-from imager.repository.repository import Opening, Repository, read_header
+from imager.repository.repository import Opening, Repository
 from imager.repository.witness import Witness
 from imager.storage.errors import Gone, NotFound, StorageError
 

@@ -1,0 +1,238 @@
+"""The bytes of packs: descriptors that stay open for a while, and pages read ahead.
+
+Invariant: what is read is bounded before memory is taken for it; a
+descriptor that is handed out stays that of its pack for as long as the
+method that gave it says.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from threading import RLock
+from typing import Self
+
+from imager import _native
+from imager.errors import IntegrityError, WrongKey
+from imager.repository.format import (
+    DAMAGED,
+    ENVELOPE,
+    KIND_DATA,
+    KIND_MAP,
+    MAPS,
+    MAX_ENVELOPES,
+    MAX_PAGE,
+    PACK_HEADER,
+    PACKS,
+    RECORD_HEAD,
+    is_pack_name,
+    pack_object,
+)
+from imager.storage.base import Storage
+from imager.storage.errors import NotFound, StorageError
+
+Reader = tuple[int, Sequence[int | None]]
+"A pack's descriptor, and the handles of its session keys by envelope number (None: a key that is not held)."
+
+_OPEN_PACKS = 64
+_CHUNK = 256 << 10
+_CHUNKS = 32
+
+
+class PackAccess(ABC):
+    """What reads packs of one repository. Safe to use from several threads; close it to free descriptors."""
+
+    def __init__(self, storage: Storage, repository: bytes) -> None:
+        self.storage = storage
+        self.id = repository
+        self.names = _native.Names()
+        self._lock = RLock()
+        self._readers: OrderedDict[int, Reader] = OrderedDict()
+        self._pinned: dict[int, int] = {}
+        self._chunks: OrderedDict[tuple[int, int], bytes] = OrderedDict()
+
+    @abstractmethod
+    def session_key(self, envelope: bytes) -> int:
+        """The vault's handle of an envelope's session key. Raises `WrongKey`, `IntegrityError`."""
+
+    def pack_names(self, kind: int) -> list[bytes]:
+        """Names of all packs of a kind that the storage lists. Raises `StorageError`."""
+        prefix = PACKS if kind == KIND_DATA else MAPS
+        at = len(prefix) + 3
+        return [
+            bytes.fromhex(name[at:])
+            for name in self.storage.list_names(prefix)
+            if is_pack_name(name[at:]) and name[at - 3 : at] == f"{name[at : at + 2]}/"
+        ]
+
+    def packs_present(self) -> int:
+        """List the packs and tell `names` which there are; returns how many. Raises `StorageError`."""
+        present = self.pack_names(KIND_DATA) + self.pack_names(KIND_MAP)
+        self.names.set_present(present)
+        return len(present)
+
+    def pack_label(self, number: int) -> str:
+        """How to name a pack in a message."""
+        name = self.names.name(number)
+        return f"pack {name.hex()}" if name is not None else f"the pack being written (number {number})"
+
+    def pack_reader(self, number: int) -> Reader:
+        """(descriptor, key handles by envelope number) of a pack, data or map.
+
+        The descriptor stays open until 64 other packs have been asked for;
+        `packs` keeps a larger number. Packs set aside by a repair are found too,
+        their healthy records are still good. Raises `IntegrityError` naming a
+        pack that is missing or has a damaged header, `WrongKey`, `StorageError`.
+        """
+        with self._lock:
+            reader = self._readers.get(number)
+            if reader is not None:
+                self._readers.move_to_end(number)
+                return reader
+            reader = self._open_pack(number)
+            self._readers[number] = reader
+            self._close_some()
+            return reader
+
+    @contextmanager
+    def packs(self, numbers: Sequence[int]) -> Iterator[dict[int, Reader]]:
+        """Readers of many packs, as `_native.fetch` wants them; all stay open within the `with`."""
+        with self._lock:
+            pinned: dict[int, Reader] = {}
+            try:
+                for number in numbers:
+                    self._pinned[number] = self._pinned.get(number, 0) + 1
+                    try:
+                        pinned[number] = self.pack_reader(number)
+                    except BaseException:
+                        self._unpin(number)
+                        raise
+            except BaseException:
+                for number in pinned:
+                    self._unpin(number)
+                raise
+        try:
+            yield pinned
+        finally:
+            with self._lock:
+                for number in pinned:
+                    self._unpin(number)
+                self._close_some()
+
+    def _unpin(self, number: int) -> None:
+        self._pinned[number] -= 1
+        if not self._pinned[number]:
+            del self._pinned[number]
+
+    def _close_some(self) -> None:
+        excess = len(self._readers) - _OPEN_PACKS
+        if excess <= 0:
+            return
+        for number in [number for number in self._readers if number not in self._pinned][:excess]:
+            os.close(self._readers.pop(number)[0])
+
+    def open_object(self, number: int) -> int:
+        """A descriptor of a pack's object, the caller's to close. Raises `IntegrityError`, `StorageError`."""
+        name = self.names.name(number)
+        if name is None:
+            raise IntegrityError(f"{self.pack_label(number)} cannot be read yet")
+        for kind in (KIND_DATA, KIND_MAP):
+            for prefix in ("", DAMAGED):
+                try:
+                    return self.storage.open(prefix + pack_object(kind, name))
+                except NotFound:
+                    continue
+        raise IntegrityError(
+            f"pack {name.hex()} is missing", hint="imager check tells which image sets that concerns"
+        )
+
+    def _open_pack(self, number: int) -> Reader:
+        fd = self.open_object(number)
+        try:
+            header = read_header(fd)
+            try:
+                envelopes = _native.pack_envelopes(header, self.id)
+            except _native.DamagedError as error:
+                raise IntegrityError(f"{self.pack_label(number)} is damaged: {error}") from error
+            return fd, self._handles_of(envelopes)
+        except OSError as error:
+            os.close(fd)
+            raise StorageError(f"reading {self.pack_label(number)} failed: {error.strerror}") from error
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def _handles_of(self, envelopes: Sequence[bytes]) -> tuple[int | None, ...]:
+        """Handles of session keys. Raises `WrongKey` where not one of them is to be had."""
+        handles: list[int | None] = []
+        lacking: WrongKey | None = None
+        for envelope in envelopes:
+            try:
+                handles.append(self.session_key(envelope))
+            except WrongKey as error:
+                handles.append(None)
+                lacking = error
+        if lacking is not None and not any(handle is not None for handle in handles):
+            raise lacking
+        return tuple(handles)
+
+    def read_page(self, number: int, offset: int, length: int) -> bytes:
+        """A map page's record. Neighbours are read along with it, for pages lie one after the other.
+
+        Raises `IntegrityError` where the pack is missing or ends before, `StorageError`.
+        """
+        if not RECORD_HEAD <= length <= RECORD_HEAD + MAX_PAGE:
+            raise IntegrityError(f"no map page has {length} bytes (in {self.pack_label(number)})")
+        with self._lock:
+            first, last = offset // _CHUNK, (offset + length - 1) // _CHUNK
+            data = self._chunk(number, first)
+            if last != first:
+                data += self._chunk(number, last)
+        start = offset - first * _CHUNK
+        record = data[start : start + length]
+        if len(record) != length:
+            raise IntegrityError(f"{self.pack_label(number)} ends before its page at {offset}")
+        return record
+
+    def _chunk(self, number: int, index: int) -> bytes:
+        key = (number, index)
+        chunk = self._chunks.get(key)
+        if chunk is not None:
+            self._chunks.move_to_end(key)
+            return chunk
+        fd, _ = self.pack_reader(number)
+        try:
+            chunk = os.pread(fd, _CHUNK, index * _CHUNK)
+        except OSError as error:
+            raise StorageError(f"reading {self.pack_label(number)} failed: {error.strerror}") from error
+        self._chunks[key] = chunk
+        if len(self._chunks) > _CHUNKS:
+            self._chunks.popitem(last=False)
+        return chunk
+
+    def close(self) -> None:
+        """Close the descriptors of packs."""
+        with self._lock:
+            for fd, _ in self._readers.values():
+                os.close(fd)
+            self._readers.clear()
+            self._chunks.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_header(fd: int) -> bytes:
+    """The header of a pack, or as much of one as there is. Raises OSError."""
+    header = os.pread(fd, 4096, 0)
+    # A pack written by one session has one envelope; only a merged one may have more than fit here.
+    wanted = int.from_bytes(header[12:16], "little")
+    if len(header) < wanted <= PACK_HEADER + ENVELOPE * MAX_ENVELOPES:
+        header = os.pread(fd, wanted, 0)
+    return header[:wanted] if wanted >= PACK_HEADER else header
