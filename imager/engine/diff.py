@@ -88,7 +88,10 @@ def diff(
                 os.close(side.fd)
     low, high = sorted((_size(left), _size(right)))
     extents |= Extents.of([(low, high)])
-    key = _source_key(right, b)
+    # What changed is counted from a set, and is of a device where there is one.
+    from_left = isinstance(left, Image) or not isinstance(right, Image)
+    start, (other, name) = (left, (right, b)) if from_left else (right, (left, a))
+    key = _source_key(other, name)
     return DiffSummary(
         a=_side(left, a),
         b=_side(right, b),
@@ -97,7 +100,7 @@ def diff(
         differing_bytes=extents.total,
         grain=grain,
         extents=extents,
-        base=left.manifest.id if isinstance(left, Image) else None,
+        base=start.manifest.id if isinstance(start, Image) else None,
         source={"key": key} if key else None,
     )
 
@@ -122,7 +125,7 @@ def _side(side: Image | Readable, text: str) -> Side:
 
 
 def _source_key(side: Image | Readable, text: str) -> str | None:
-    """Which source the second side is, or was taken from."""
+    """Which source a side is, or was taken from."""
     if isinstance(side, Readable):
         from imager.device.identity import identify
 

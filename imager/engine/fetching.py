@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from imager._native import Failure, Gather, Slots, fetch
+from imager._native import Failure, Gather, Known, Slots, fetch
 from imager.engine.compare import Geometry
-from imager.errors import IntegrityError
+from imager.errors import IntegrityError, StorageError
 from imager.events import Reporter
 from imager.extents import Extents
+from imager.repository import index
 from imager.repository.repository import Repository
+from imager.storage.errors import Gone
 from imager.units import MIB
 
 SLICE_BYTES = 96 * MIB
@@ -67,6 +69,9 @@ class Fetcher:
         self._target = target
         self._threads = threads
         self._quiet = False
+        self._known: Known | None = None
+        self.moved = 0
+        "Blocks that were not whole where the map says, and were found whole through the index."
 
     def slices(self, gather: Gather, *, quiet: bool = False) -> Iterator[list[Damage]]:
         """Fetch a slice each time; yields what was damaged in it. Raises `WriteError`, `StorageError`.
@@ -86,15 +91,50 @@ class Fetcher:
             start = end
 
     def _slice(self, gather: Gather, start: int, end: int, packs: list[int]) -> list[Damage]:
+        failures, reasons = self._attempt(gather, start, end, packs)
+        if failures:
+            failures = self._elsewhere(failures)
+        return [damage for failure in failures for damage in self._damage(failure, reasons)]
+
+    def _attempt(
+        self, gather: Gather, start: int, end: int, packs: list[int]
+    ) -> tuple[list[Failure], dict[int, str]]:
+        """What failed, and why packs that failed altogether did."""
         reasons: dict[int, str] = {}
         try:
             with self._repository.packs(packs) as readers:
-                failures = self._fetch(gather, start, end, {**readers})
-        except IntegrityError:
+                return self._fetch(gather, start, end, {**readers}), reasons
+        except Gone:
+            raise
+        except (IntegrityError, StorageError):
             whole = [pack for pack in packs if not self._broken(pack, reasons)]
             with self._repository.packs(whole) as readers:
-                failures = self._fetch(gather, start, end, {**readers})
-        return [damage for failure in failures for damage in self._damage(failure, reasons)]
+                return self._fetch(gather, start, end, {**readers}), reasons
+
+    def _elsewhere(self, failures: list[Failure]) -> list[Failure]:
+        """A place is a hint, the id is the truth: ask the index for another record of the same id."""
+        if self._known is None:
+            self._repository.packs_present()
+            self._known = index.load(self._repository, self._reporter)
+        gather, hopeless, hoped = Gather(), [], {}
+        for failure in failures:
+            place = self._known.find(bytes(failure.id))
+            if place is None or place[:2] == (failure.pack, failure.offset):
+                hopeless.append(failure)
+                continue
+            slot = Slots(1)
+            slot.set_data(0, bytes(failure.id), *place)
+            hoped[failure.blocks[0]] = failure
+            for block in failure.blocks:
+                gather.add(block, slot)
+        gather.sort()
+        if not len(gather):
+            return hopeless
+        again, _ = self._attempt(gather, 0, len(gather), gather.packs(0, len(gather)))
+        lost = [hoped[failure.blocks[0]] for failure in again]
+        self.moved += sum(len(failure.blocks) for failure in hoped.values())
+        self.moved -= sum(len(failure.blocks) for failure in lost)
+        return hopeless + lost
 
     def _fetch(self, gather: Gather, start: int, end: int, readers: Readers) -> list[Failure]:
         done, failures = fetch(
@@ -117,7 +157,9 @@ class Fetcher:
         try:
             self._repository.pack_reader(pack)
             return False
-        except IntegrityError as error:
+        except Gone:
+            raise
+        except (IntegrityError, StorageError) as error:
             reasons[pack] = error.message
             return True
 

@@ -131,7 +131,7 @@ class _Run:
             plan.options.threads,
         )
 
-    def fetcher(self, fd: int) -> Fetcher:
+    def fetcher(self, fd: int | None) -> Fetcher:
         return Fetcher(
             self.image.repository,
             self.plan.disk,
@@ -236,15 +236,29 @@ class _Run:
     # -- the head ------------------------------------------------------------
 
     def write_head(self) -> None:
-        """The first MiB, last: from here on the target is whole."""
+        """The first MiB, last: from here on the target is whole. A failure leaves it empty again."""
         head = Extents.of([(0, self.head)])
+        checker = self.fetcher(None)
         for window in self.image.part(head):
-            self.write(window, head, counted=True)
-        self.target.flush()
-        if self.plan.verify:
-            self.target.forget()
+            # All of it, or nothing: half a head could pass for a whole one.
+            for damage in checker.slices(gather_of(pieces(window), head), quiet=True):
+                if damage:
+                    raise _damaged(self.plan, merged(damage))
+        try:
             for window in self.image.part(head):
-                self.expect_none(self.comparer.differing(window))
+                self.write(window, head, counted=True)
+            self.target.flush()
+            if self.plan.verify:
+                self.target.forget()
+                for window in self.image.part(head):
+                    self.expect_none(self.comparer.differing(window))
+        except BaseException:
+            self.cleared = False
+            try:
+                self.clear_head()
+            except TargetError:
+                pass  # It takes no writes any more: the error that led here tells.
+            raise
 
 
 def _damaged(plan: RestorePlan, damage: tuple[Damage, ...]) -> IntegrityError:

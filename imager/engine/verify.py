@@ -131,6 +131,12 @@ class _Work:
         self.bytes += min(data * geometry.block_size, geometry.size)
         self.damage += pages
         self.reporter.end()
+        if fetcher.moved:
+            where = f"not whole where the map of {image.disk} says, but elsewhere"
+            self.reporter.warn(
+                f"{fetcher.moved} blocks are {where}",
+                hint="imager check --read-data names the damaged packs",
+            )
 
     def compare(self, image: Image, device: Readable) -> Extents:
         """What of the image differs on the device, in bytes."""

@@ -141,3 +141,37 @@ def test_against_needs_one_disk(plain: Repository, plain_writer: Writer, tmp_pat
     plain_writer.store({"sda": content(MIB), "sdb": content(MIB)})
     with pytest.raises(UsageError):
         check(plain, "disk", tmp_path / "x")
+
+
+def test_a_block_that_lies_elsewhere_too(repository: Repository, writer: Writer, tmp_path: Path) -> None:
+    """Two sessions that knew nothing of each other stored the same blocks; one pack is lost."""
+    from imager._native import Known, pack_records
+    from imager.repository.index import segment_name
+    from tests.unit.engine.test_restore import go
+
+    data = os.urandom(2 * MIB)
+    other = writer.store({"sda": data[:MIB] + os.urandom(4096) + data[MIB:]}, name="other")
+    manifest = writer.store({"sda": data})
+    lost, spare = writer.packs[1], writer.packs[0]
+    known = Known(repository.names)
+    path = Path(repository.storage.url, "packs", spare[:2], spare)
+    fd = os.open(path, os.O_RDONLY)
+    records = pack_records(fd, bytes.fromhex(spare), repository.id)
+    os.close(fd)
+    known.add_pack(repository.names.intern(bytes.fromhex(spare)), records)
+    segment = known.segment(repository.id)
+    assert segment is not None
+    repository.storage.create(segment_name(segment), segment)
+
+    Path(repository.storage.url, "packs", lost[:2], lost).unlink()
+    repository.close()
+    reporter = Silent()
+    summary = verify.verify(repository, manifest.id, reporter)
+    assert summary.ok and summary.blocks == 512
+    assert any("512 blocks" in text for text in reporter.warnings)
+    go(repository, manifest.id, tmp_path / "out.img")
+    assert (tmp_path / "out.img").read_bytes() == data
+
+    damage(repository, other, writer, 7)
+    summary = check(repository, manifest.id)
+    assert [(one.start, one.length, one.pack) for one in summary.damage] == [(7 * 4096, 4096, lost)]
