@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import threading
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -66,6 +65,8 @@ def passphrase(text: str) -> Secret:
     """A passphrase in normal form NFC. Raises `UsageError` for an empty one."""
     if not text:
         raise UsageError("the passphrase is empty", hint="an empty passphrase protects nothing")
+    import unicodedata
+
     try:
         return Secret("passphrase", unicodedata.normalize("NFC", text).encode())
     except UnicodeEncodeError as error:
