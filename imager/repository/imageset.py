@@ -14,7 +14,16 @@ from datetime import datetime, timedelta, timezone
 
 from imager import _native
 from imager.errors import ImagerError, IntegrityError, NoRepository, UsageError
-from imager.repository.format import SETS, is_id, lineage_id
+from imager.repository.format import (
+    MAX_SMALL_JSON,
+    SESSIONS,
+    SETS,
+    SessionObject,
+    is_id,
+    lineage_id,
+    parse,
+    shape,
+)
 from imager.repository.manifest import (
     MAX_MANIFEST,
     Body,
@@ -26,6 +35,7 @@ from imager.repository.manifest import (
     decode,
     encode,
     is_abort_mark,
+    is_sealed,
     parse_public,
     root_level,
 )
@@ -70,6 +80,7 @@ class Head:
     sequence: int
     digest: bytes
     raw: bytes
+    previous: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +147,9 @@ def heads(repository: Repository) -> tuple[list[Head], list[Damaged]]:
         except IntegrityError as error:
             damaged.append(Damaged(set_id, error.message))
             continue
-        found.append(
-            Head(set_id, public.created, public.lineage, public.sequence, _native.blake3(raw), raw)
-        )
+        previous = public.previous.set if public.previous else None
+        digest = _native.blake3(raw)
+        found.append(Head(set_id, public.created, public.lineage, public.sequence, digest, raw, previous))
     found.sort(key=lambda head: (head.created, head.id))
     return found, damaged
 
@@ -252,13 +263,14 @@ def resolve(repository: Repository, text: str, *, host: str | None = None) -> Ma
 
     A name goes before a prefix of an id, this machine's lineages (`host`)
     before those of others. Raises `NoSuchSet`, `UsageError` where it is
-    ambiguous, `IntegrityError` where the set that is meant is damaged.
+    ambiguous, `IntegrityError` where the set that is meant is damaged, or may
+    be a damaged one: an older set never passes for the newest.
     """
     if is_id(text):
         return read_set(repository, text)
     name, at, time = text.partition("@")
     until = parse_time(time) if at else None
-    found, damaged = heads(repository)
+    found, damaged = _whole_heads(repository)
     if name == "latest":
         candidates = found
     else:
@@ -270,20 +282,75 @@ def resolve(repository: Repository, text: str, *, host: str | None = None) -> Ma
         candidates = [head for head in found if head.lineage == lineage]
     if until is not None:
         candidates = [head for head in candidates if head.created <= until]
-        if not candidates and found:
-            raise NoSuchSet(
-                f"there is no image set of {name} at or before {format_time(until / 1e6)}",
-                hint="imager list shows what there is",
-            )
-    if not candidates:
+    newest = max(candidates, key=lambda head: (head.created, head.sequence, head.id), default=None)
+    if doubtful := _doubtful(repository, found, damaged, newest, until):
+        raise IntegrityError(
+            f"it cannot be told which image set {text!r} is: "
+            + ", ".join(f"{item.id} ({item.reason})" for item in doubtful[:3])
+            + (f" and {len(doubtful) - 3} more" if len(doubtful) > 3 else ""),
+            hint=f"the newest whole one is {newest.id}: name it by its id" if newest else _LIST,
+        )
+    if newest is None and until is not None and found:
+        raise NoSuchSet(
+            f"there is no image set of {name} at or before {format_time(until / 1e6)}", hint=_LIST
+        )
+    if newest is None:
         raise _no_set(text, damaged)
-    newest = max(candidates, key=lambda head: (head.created, head.sequence, head.id))
     return decode(repository, newest.id, newest.raw)
 
 
-def _no_set(text: str, damaged: list[Damaged]) -> NoSuchSet:
-    more = f" ({len(damaged)} manifests are damaged: imager check names them)" if damaged else ""
-    return NoSuchSet(f"no image set is called {text!r}{more}", hint="imager list shows what there is")
+def _whole_heads(repository: Repository) -> tuple[list[Head], list[Damaged]]:
+    """As `heads`, but every seal is checked: which set a person gets must not hang on a flipped bit."""
+    found, damaged = heads(repository)
+    whole: list[Head] = []
+    for head in found:
+        if is_sealed(repository, head.raw):
+            whole.append(head)
+        else:
+            damaged.append(Damaged(head.id, "its manifest's seal is not by this repository"))
+    return whole, damaged
+
+
+def _doubtful(
+    repository: Repository, found: list[Head], damaged: list[Damaged], newest: Head | None, until: int | None
+) -> list[Damaged]:
+    """The damaged sets that may be newer than `newest`, the newest whole one found, up to `until`.
+
+    A set is older if a whole one that is not newer follows on it, or if its
+    writer announced itself before the newest was made.
+    """
+    at = newest.created if newest else -1
+    followed = {head.previous for head in found if head.created <= at}
+    doubtful: list[Damaged] = []
+    for item in damaged:
+        begun = _begun(repository, item.id)
+        late = until is not None and begun is not None and begun > until
+        if item.id not in followed and not late and (begun is None or begun > at):
+            doubtful.append(item)
+    return doubtful
+
+
+def _begun(repository: Repository, session: str) -> int | None:
+    """When the writer of a set announced itself, as far as that can be told."""
+    try:
+        raw = repository.storage.read(SESSIONS + session, 0, MAX_SMALL_JSON + 1)
+        announced = shape(parse(raw, session), SessionObject, session)
+    except (NotFound, IntegrityError):
+        return None
+    return announced.created if announced.session == session else None
+
+
+_LIST = "imager list shows what there is"
+
+
+def _no_set(text: str, damaged: list[Damaged]) -> ImagerError:
+    if damaged:
+        many = f"one of {len(damaged)} damaged ones" if len(damaged) > 1 else f"the damaged {damaged[0].id}"
+        return IntegrityError(
+            f"no whole image set is called {text!r}, but {many} may be the one",
+            hint="imager check names what is damaged",
+        )
+    return NoSuchSet(f"no image set is called {text!r}", hint=_LIST)
 
 
 def _by_prefix(text: str, found: list[Head], damaged: list[Damaged]) -> str | None:
