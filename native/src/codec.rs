@@ -60,33 +60,28 @@ fn looks_random(content: &[u8]) -> bool {
     squares < n + n * n / 256 + n * n / 1024
 }
 
-/// Code `content` into `out` (cleared first). Falls back to `Stored` where coding
-/// would not save at least 1/32.
-pub fn encode(codec: Codec, level: i32, content: &[u8], out: &mut Vec<u8>) -> Result<Codec> {
-    out.clear();
+/// Room that `encode` needs for a content of this length.
+pub fn bound(length: usize) -> usize {
+    lz4_flex::block::get_maximum_output_size(length).max(zstd_safe::compress_bound(length))
+}
+
+/// Code `content` into the start of `out`, which has `bound` bytes: the codec used, and the length.
+/// Falls back to `Stored` where coding would not save at least 1/32.
+pub fn encode(codec: Codec, level: i32, content: &[u8], out: &mut [u8]) -> Result<(Codec, usize)> {
     let worth = content.len() - content.len() / 32;
     if codec != Codec::Stored && !(content.len() >= PROBE_MIN && looks_random(content)) {
         let written = match codec {
-            Codec::Lz4 => {
-                out.resize(lz4_flex::block::get_maximum_output_size(content.len()), 0);
-                lz4_flex::block::compress_into(content, out).ok()
-            }
-            _ => {
-                out.resize(zstd_safe::compress_bound(content.len()), 0);
-                COMPRESSOR.with_borrow_mut(|c| c.compress(&mut out[..], content, level)).ok()
-            }
+            Codec::Lz4 => lz4_flex::block::compress_into(content, out).ok(),
+            _ => COMPRESSOR.with_borrow_mut(|c| c.compress(out, content, level)).ok(),
         };
         match written {
-            Some(length) if length < worth => {
-                out.truncate(length);
-                return Ok(codec);
-            }
-            Some(_) => out.clear(),
+            Some(length) if length < worth => return Ok((codec, length)),
+            Some(_) => {}
             None => return invalid("compression failed"),
         }
     }
-    out.extend_from_slice(content);
-    Ok(Codec::Stored)
+    out[..content.len()].copy_from_slice(content);
+    Ok((Codec::Stored, content.len()))
 }
 
 /// Decode `stored` into `out`, which has exactly the plain length.
@@ -117,11 +112,11 @@ mod tests {
         #[test]
         fn any_content_survives(content in proptest::collection::vec(any::<u8>(), 0..70_000), which in 0u8..3) {
             let codec = Codec::from_u8(which).expect("known");
-            let mut stored = Vec::new();
-            let used = encode(codec, 1, &content, &mut stored).expect("encodes");
-            prop_assert!(stored.len() <= content.len());
+            let mut stored = vec![0; bound(content.len())];
+            let (used, length) = encode(codec, 1, &content, &mut stored).expect("encodes");
+            prop_assert!(length <= content.len());
             let mut back = vec![0; content.len()];
-            decode(used, &stored, &mut back).expect("decodes");
+            decode(used, &stored[..length], &mut back).expect("decodes");
             prop_assert_eq!(back, content);
         }
 
@@ -135,11 +130,12 @@ mod tests {
     #[test]
     fn repetitive_content_shrinks_and_noise_is_stored() {
         let text = b"the quick brown fox ".repeat(4000);
-        let mut out = Vec::new();
-        assert_eq!(encode(Codec::Lz4, 1, &text, &mut out).expect("encodes"), Codec::Lz4);
-        assert!(out.len() < text.len() / 10);
+        let mut out = vec![0; bound(text.len())];
+        let (codec, length) = encode(Codec::Lz4, 1, &text, &mut out).expect("encodes");
+        assert_eq!(codec, Codec::Lz4);
+        assert!(length < text.len() / 10);
         let noise: Vec<u8> = (0u32..65536).map(|i| blake3::hash(&i.to_le_bytes()).as_bytes()[0]).collect();
         assert!(looks_random(&noise));
-        assert_eq!(encode(Codec::Lz4, 1, &noise, &mut out).expect("encodes"), Codec::Stored);
+        assert_eq!(encode(Codec::Lz4, 1, &noise, &mut out).expect("encodes"), (Codec::Stored, noise.len()));
     }
 }

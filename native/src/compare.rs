@@ -37,7 +37,9 @@ fn over(
 }
 
 /// Extents of `[start, end)` where two files differ, in units of `grain` from `start` on.
-pub fn compare_files(a: Fd, b: Fd, start: u64, end: u64, grain: usize, threads: usize, direct: bool) -> Result<Vec<Extent>> {
+pub fn compare_files(
+    a: Fd, b: Fd, start: u64, end: u64, grain: usize, threads: usize, direct: bool,
+) -> Result<Vec<Extent>> {
     let (a, b) = (Source::File { fd: a, direct }, Source::File { fd: b, direct });
     over(start, end, grain, threads, |[left, right], from, length, found| {
         a.read(from, length, left, FAIL, &mut Vec::new())?;

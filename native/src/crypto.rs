@@ -54,16 +54,14 @@ impl SessionKey {
         }
     }
 
-    /// Encrypt `data[from..]` in place and append the tag.
-    pub fn seal(&self, id: &Id, nonce: [u8; 12], aad: &[u8], data: &mut Vec<u8>, from: usize) -> Result<()> {
+    /// Encrypt `data` in place; its tag.
+    pub fn seal(&self, id: &Id, nonce: [u8; 12], aad: &[u8], data: &mut [u8]) -> Result<[u8; TAG]> {
         let key = self.for_id(id)?;
         let nonce = Nonce::assume_unique_for_key(nonce);
-        match key.seal_in_place_separate_tag(nonce, Aad::from(aad), &mut data[from..]) {
-            Ok(tag) => {
-                data.extend_from_slice(tag.as_ref());
-                Ok(())
-            }
-            Err(_) => invalid("encryption failed"),
+        let tag = key.seal_in_place_separate_tag(nonce, Aad::from(aad), data).ok();
+        match tag.and_then(|tag| tag.as_ref().try_into().ok()) {
+            Some(tag) => Ok(tag),
+            None => invalid("encryption failed"),
         }
     }
 

@@ -97,7 +97,9 @@ fn tasks(job: &Job) -> Vec<Range<usize>> {
         let Some(want) = job.gather.wants(index).first() else { continue };
         let (start, stop) = (u64::from(want.place.offset), u64::from(want.place.offset) + u64::from(want.place.length));
         match out.last_mut() {
-            Some(last) if want.place.pack == end.0 && start <= end.1 + GAP && stop - from <= READ => last.end = index + 1,
+            Some(last) if want.place.pack == end.0 && start <= end.1 + GAP && stop - from <= READ => {
+                last.end = index + 1
+            }
             _ => {
                 out.push(index..index + 1);
                 from = start;
@@ -117,9 +119,8 @@ pub fn fetch(job: &Job) -> Result<(u64, Vec<Failure>)> {
     }
     let tasks = tasks(job);
     let room = WRITE.max(job.block_size).next_multiple_of(ALIGN);
-    let init = || {
-        Ok(Worker { input: Vec::new(), output: Aligned::new(room), waiting: (0, 0), outcome: Outcome::default() })
-    };
+    let init =
+        || Ok(Worker { input: Vec::new(), output: Aligned::new(room), waiting: (0, 0), outcome: Outcome::default() });
     let work = |worker: &mut Worker, item: usize| {
         worker.task(job, tasks[item].clone())?;
         worker.flush(job)
@@ -144,7 +145,8 @@ impl Worker {
             return Ok(());
         };
         let start = u64::from(first.place.offset);
-        let stop = |index| job.gather.wants(index).first().map(|w| u64::from(w.place.offset) + u64::from(w.place.length));
+        let stop =
+            |index| job.gather.wants(index).first().map(|w| u64::from(w.place.offset) + u64::from(w.place.length));
         let length = records.clone().filter_map(stop).max().unwrap_or(start) - start;
         if length > (MAX_BLOCK + MAX_EXCESS + HEAD) as u64 {
             for index in records {

@@ -166,7 +166,11 @@ impl Segment {
             steps += 1;
             // Neighbours first, as the guess is close; then halve, which bounds the work.
             guess = if steps < 4 {
-                if high == at { at.saturating_sub(1) } else { at + 1 }
+                if high == at {
+                    at.saturating_sub(1)
+                } else {
+                    at + 1
+                }
             } else {
                 low + (high.max(low) - low) / 2
             };
@@ -193,7 +197,9 @@ pub fn build_from(
     }
     let lines: Vec<(Key, u32, u32, u32)> = entries
         .iter()
-        .map(|(key, place)| (*key, numbers.binary_search(&place.pack).unwrap_or_default() as u32, place.offset, place.length))
+        .map(|(key, place)| {
+            (*key, numbers.binary_search(&place.pack).unwrap_or_default() as u32, place.offset, place.length)
+        })
         .collect();
     Ok(build(repository, &packs, &lines))
 }
@@ -212,7 +218,9 @@ mod tests {
 
     fn sample(count: u32) -> Vec<(Key, Place)> {
         (0..count)
-            .map(|n| (key_of(blake3::hash(&n.to_le_bytes()).as_bytes()), Place { pack: n % 3, offset: n, length: n + 1 }))
+            .map(|n| {
+                (key_of(blake3::hash(&n.to_le_bytes()).as_bytes()), Place { pack: n % 3, offset: n, length: n + 1 })
+            })
             .collect()
     }
 

@@ -3,7 +3,8 @@
 //! Invariant: whatever the trailer lists has been written whole; a pack's name
 //! binds its header and trailer, and the trailer binds every payload.
 
-use std::sync::{Mutex, PoisonError};
+use std::collections::VecDeque;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::bytes::Reader;
 use crate::crypto::SessionKey;
@@ -12,7 +13,7 @@ use crate::error::{damaged, invalid, Result};
 use crate::io::Fd;
 use crate::names::Names;
 use crate::page;
-use crate::record::{seal_page, Head, Ids, Sealer, HEAD};
+use crate::record::{Head, Ids, Records, Sealer, HEAD};
 use crate::slots::{Place, Slot};
 use crate::workers;
 
@@ -37,7 +38,9 @@ pub struct Header {
     pub envelopes: Vec<[u8; ENVELOPE]>,
 }
 
-fn encode_header(kind: u8, repository: &[u8; 16], session: &[u8; 16], sequence: u64, envelopes: &[[u8; ENVELOPE]]) -> Vec<u8> {
+fn encode_header(
+    kind: u8, repository: &[u8; 16], session: &[u8; 16], sequence: u64, envelopes: &[[u8; ENVELOPE]],
+) -> Vec<u8> {
     let length = FIXED + ENVELOPE * envelopes.len() + 8;
     let mut out = Vec::with_capacity(length);
     out.extend_from_slice(PACK_MAGIC);
@@ -178,33 +181,46 @@ pub fn check(fd: Fd, name: &Id, repository: &[u8; 16], threads: usize) -> Result
         Err(error) => return Ok(Report { problem: Some(error.to_string()), ..Report::default() }),
     };
     let hurt = Mutex::new(Vec::new());
-    workers::run(threads, frame.entries.len(), || Ok(Vec::new()), |buffer: &mut Vec<u8>, at| {
-        let entry = &frame.entries[at];
-        let length = entry.head.record_len();
-        buffer.resize(length as usize, 0);
-        let whole = fd.read_exact_at(buffer, entry.offset).is_ok()
-            && buffer[..HEAD] == entry.head.encode()
-            && b3(&[&buffer[HEAD..]]) == entry.digest;
-        if !whole {
-            let line = (entry.head.id, entry.offset as u32, length);
-            hurt.lock().unwrap_or_else(PoisonError::into_inner).push(line);
-        }
-        Ok(())
-    })?;
+    workers::run(
+        threads,
+        frame.entries.len(),
+        || Ok(Vec::new()),
+        |buffer: &mut Vec<u8>, at| {
+            let entry = &frame.entries[at];
+            let length = entry.head.record_len();
+            buffer.resize(length as usize, 0);
+            let whole = fd.read_exact_at(buffer, entry.offset).is_ok()
+                && buffer[..HEAD] == entry.head.encode()
+                && b3(&[&buffer[HEAD..]]) == entry.digest;
+            if !whole {
+                let line = (entry.head.id, entry.offset as u32, length);
+                hurt.lock().unwrap_or_else(PoisonError::into_inner).push(line);
+            }
+            Ok(())
+        },
+    )?;
     let mut damaged = hurt.into_inner().unwrap_or_else(PoisonError::into_inner);
     damaged.sort_by_key(|&(_, offset, _)| offset);
     Ok(Report { problem: None, records: frame.entries.len(), damaged })
 }
 
+/// Appended records that wait to be written: so many at most, beyond them a worker writes its own.
+const MAX_WAITING: usize = 8;
+
+#[derive(Default)]
 struct State {
     size: u64,
     trailer: Vec<u8>,
     records: u32,
     finished: bool,
+    waiting: VecDeque<(u64, Records)>,
+    spare: Vec<Records>,
+    writing: bool,
 }
 
-/// A pack being written. Workers append to it side by side: a place is
-/// reserved under a lock, the bytes are written outside of it.
+/// A pack being written. Workers append to it side by side: a place is reserved
+/// under a lock, and one of them writes what all have handed in, as a file
+/// takes only one write at a time. `finish` comes after the workers have ended.
 pub struct Writer {
     fd: Fd,
     header: Vec<u8>,
@@ -237,7 +253,7 @@ impl Writer {
         let envelopes: Vec<[u8; ENVELOPE]> = origin.envelope.into_iter().copied().collect();
         let header = encode_header(origin.kind, &origin.repository, &origin.session, origin.sequence, &envelopes);
         fd.write_all_at(&header, 0)?;
-        let state = State { size: header.len() as u64, trailer: Vec::new(), records: 0, finished: false };
+        let state = State { size: header.len() as u64, ..State::default() };
         Ok(Self { fd, header, number, key, state: Mutex::new(state) })
     }
 
@@ -248,12 +264,17 @@ impl Writer {
 
     /// Size so far, and number of records.
     pub fn extent(&self) -> (u64, u32) {
-        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let state = self.lock();
         (state.size, state.records)
     }
 
-    /// Append finished records that lie in `bytes` one after the other; where each one lies.
-    pub fn append(&self, bytes: &[u8], heads: &[Head]) -> Result<Vec<Place>> {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Append finished records, which are taken out; where each one will lie.
+    pub fn append(&self, records: &mut Records) -> Result<Vec<Place>> {
+        let (bytes, heads) = (records.bytes(), records.heads());
         let mut lines = Vec::with_capacity(heads.len() * TRAILER_ENTRY);
         let mut at = 0;
         for head in heads {
@@ -262,44 +283,73 @@ impl Writer {
             lines.extend_from_slice(&b3(&[&bytes[at + HEAD..end]]));
             at = end;
         }
-        let start = {
-            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let (start, wait) = {
+            let mut state = self.lock();
             let start = state.size;
-            if state.finished || start + (bytes.len() + state.trailer.len() + lines.len() + FOOTER) as u64 > u64::from(u32::MAX) {
+            if state.finished
+                || start + (bytes.len() + state.trailer.len() + lines.len() + FOOTER) as u64 > u64::from(u32::MAX)
+            {
                 return invalid("the pack is full or finished");
             }
             state.size += bytes.len() as u64;
             state.records += heads.len() as u32;
             state.trailer.extend_from_slice(&lines);
-            start
+            (start, state.writing && state.waiting.len() < MAX_WAITING)
         };
-        self.fd.write_all_at(bytes, start)?;
         let mut offset = start as u32;
-        Ok(heads
-            .iter()
-            .map(|head| {
-                let place = Place { pack: self.number, offset, length: head.record_len() };
-                offset += place.length;
-                place
-            })
-            .collect())
+        let place = |head: &Head| {
+            let place = Place { pack: self.number, offset, length: head.record_len() };
+            offset += place.length;
+            place
+        };
+        let places = heads.iter().map(place).collect();
+        self.write(start, records, wait)?;
+        records.clear();
+        Ok(places)
+    }
+
+    /// Leave the records to the worker that is writing, or write them and all that is left to us meanwhile.
+    fn write(&self, start: u64, records: &mut Records, wait: bool) -> Result<()> {
+        if wait {
+            let mut state = self.lock();
+            if state.writing {
+                let spare = state.spare.pop().unwrap_or_default();
+                state.waiting.push_back((start, std::mem::replace(records, spare)));
+                return Ok(());
+            }
+        }
+        let first = !std::mem::replace(&mut self.lock().writing, true);
+        let mut result = self.fd.write_all_at(records.bytes(), start);
+        while first && result.is_ok() {
+            let mut state = self.lock();
+            let Some((start, mut next)) = state.waiting.pop_front() else {
+                state.writing = false;
+                break;
+            };
+            drop(state);
+            result = self.fd.write_all_at(next.bytes(), start);
+            next.clear();
+            self.lock().spare.push(next);
+        }
+        result
     }
 
     /// Append a map page; the slot that refers to it.
     pub fn add_page(&self, ids: &Ids, level: u8, first: u64, slots: &[Slot], names: &Names) -> Result<Slot> {
         let (public, sealed) = page::encode(level, first, slots, names, self.number)?;
-        let mut bytes = Vec::with_capacity(public.len() + sealed.len() + 128);
-        let head = seal_page(ids, self.sealer(), &public, &sealed, &mut bytes)?;
-        let places = self.append(&bytes, &[head])?;
+        let mut records = Records::default();
+        let head = records.page(ids, self.sealer(), &public, &sealed)?;
+        let places = self.append(&mut records)?;
         Ok(Slot::data(head.id, places[0]))
     }
 
     /// Write trailer and footer: (name, size).
     pub fn finish(&self) -> Result<(Id, u64)> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if std::mem::replace(&mut state.finished, true) {
-            return invalid("the pack is finished already");
+        let mut state = self.lock();
+        if std::mem::replace(&mut state.finished, true) || state.writing || !state.waiting.is_empty() {
+            return invalid("the pack is finished already, or a write of it has failed");
         }
+        state.spare = Vec::new();
         let mut footer = Vec::with_capacity(FOOTER);
         footer.extend_from_slice(TAIL_MAGIC);
         footer.extend_from_slice(&state.records.to_le_bytes());
@@ -320,7 +370,6 @@ impl Writer {
 mod tests {
     use super::*;
     use crate::codec::Codec;
-    use crate::record::seal_block;
     use proptest::prelude::*;
     use std::io::{Read, Seek, SeekFrom, Write as _};
     use std::os::fd::AsRawFd;
@@ -330,10 +379,9 @@ mod tests {
         let writer = Writer::new(Fd::new(file.as_raw_fd()).expect("fd"), origin, None, 0).expect("begins");
         let ids = Ids::new([7; 16], [9; 32]);
         for block in blocks {
-            let mut bytes = Vec::new();
-            let head = seal_block(&ids, None, Codec::Lz4, 1, &ids.block(block), block, &mut Vec::new(), &mut bytes)
-                .expect("seals");
-            writer.append(&bytes, &[head]).expect("appends");
+            let mut records = Records::default();
+            records.block(&ids, None, Codec::Lz4, 1, &ids.block(block), block).expect("seals");
+            writer.append(&mut records).expect("appends");
         }
         writer.finish().expect("finishes").0
     }

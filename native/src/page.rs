@@ -3,6 +3,7 @@
 //! Invariant: encoding is canonical: equal slots at equal level and position,
 //! lying in the same places, give equal bytes and so equal ids.
 
+use std::collections::hash_map::Entry;
 use std::collections::HashMap;
 
 use crate::bytes::Reader;
@@ -35,14 +36,12 @@ pub fn encode(level: u8, first: u64, slots: &[Slot], names: &Names, holder: u32)
     }
     let mut named: HashMap<u32, Id> = HashMap::new();
     for slot in slots.iter().filter(|s| s.kind == DATA) {
-        let pack = slot.place.pack;
-        if !named.contains_key(&pack) {
-            let name = match names.name(pack) {
-                _ if pack == holder => SELF,
-                Some(name) => name,
-                None => return invalid(format!("pack number {pack} has no name yet")),
+        if let Entry::Vacant(entry) = named.entry(slot.place.pack) {
+            match names.name(slot.place.pack) {
+                _ if slot.place.pack == holder => entry.insert(SELF),
+                Some(name) => entry.insert(name),
+                None => return invalid(format!("pack number {} has no name yet", slot.place.pack)),
             };
-            named.insert(pack, name);
         }
     }
     let mut packs: Vec<Id> = named.values().copied().collect();

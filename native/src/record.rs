@@ -136,64 +136,95 @@ impl Ids {
 /// The key that new records are encrypted with, and its number in the pack's header.
 pub type Sealer<'a> = Option<(&'a SessionKey, u16)>;
 
-fn finish(out: &mut [u8], at: usize, mut head: Head) -> Result<Head> {
-    head.payload = match u32::try_from(out.len() - at - HEAD) {
-        Ok(length) => length,
-        Err(_) => return invalid("record too long"),
-    };
-    out[at..at + HEAD].copy_from_slice(&head.encode());
-    Ok(head)
+/// Records that are being put together, one after the other.
+///
+/// Memory once reached stays, so that it is neither fetched nor cleared again for the next ones.
+#[derive(Default)]
+pub struct Records {
+    bytes: Vec<u8>,
+    length: usize,
+    heads: Vec<Head>,
 }
 
-/// Append the record of a block to `out`. `scratch` is reused between calls.
-pub fn seal_block(
-    ids: &Ids, sealer: Sealer, codec: Codec, level: i32, id: &Id, content: &[u8], scratch: &mut Vec<u8>,
-    out: &mut Vec<u8>,
-) -> Result<Head> {
-    let used = codec::encode(codec, level, content, scratch)?;
-    let at = out.len();
-    let mut head = Head {
-        kind: Kind::Block,
-        codec: used,
-        key: NO_KEY,
-        plain: content.len() as u32,
-        payload: 0,
-        id: *id,
-        nonce: [0; 12],
-    };
-    out.extend_from_slice(&[0; HEAD]);
-    out.extend_from_slice(scratch);
-    if let Some((key, number)) = sealer {
-        head.key = number;
-        head.nonce = random_nonce()?;
-        key.seal(id, head.nonce, &head.aad(&ids.repository, b""), out, at + HEAD)?;
+impl Records {
+    /// The finished records.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes[..self.length]
     }
-    finish(out, at, head)
-}
 
-/// Append the record of a map page to `out`.
-pub fn seal_page(ids: &Ids, sealer: Sealer, public: &[u8], sealed: &[u8], out: &mut Vec<u8>) -> Result<Head> {
-    let at = out.len();
-    let mut head = Head {
-        kind: Kind::Page,
-        codec: Codec::Stored,
-        key: NO_KEY,
-        plain: sealed.len() as u32,
-        payload: 0,
-        id: ids.page(public, sealed),
-        nonce: [0; 12],
-    };
-    out.extend_from_slice(&[0; HEAD]);
-    out.extend_from_slice(&(public.len() as u32).to_le_bytes());
-    out.extend_from_slice(public);
-    let from = out.len();
-    out.extend_from_slice(sealed);
-    if let Some((key, number)) = sealer {
-        head.key = number;
-        head.nonce = random_nonce()?;
-        key.seal(&head.id, head.nonce, &head.aad(&ids.repository, public), out, from)?;
+    /// Their heads, in order.
+    pub fn heads(&self) -> &[Head] {
+        &self.heads
     }
-    finish(out, at, head)
+
+    /// Forget them.
+    pub fn clear(&mut self) {
+        self.length = 0;
+        self.heads.clear();
+    }
+
+    fn room(&mut self, more: usize) -> &mut [u8] {
+        let end = self.length + more;
+        if self.bytes.len() < end {
+            self.bytes.resize(end, 0);
+        }
+        &mut self.bytes[self.length..end]
+    }
+
+    /// Complete a record whose payload is `payload` bytes: encrypt its part from `secret` on, write the head.
+    fn finish(
+        &mut self, ids: &Ids, sealer: Sealer, mut head: Head, payload: usize, secret: usize, public: &[u8],
+    ) -> Result<Head> {
+        let mut end = payload;
+        let bytes = &mut self.bytes[self.length..];
+        if let Some((key, number)) = sealer {
+            head.key = number;
+            head.nonce = random_nonce()?;
+            let aad = head.aad(&ids.repository, public);
+            let tag = key.seal(&head.id, head.nonce, &aad, &mut bytes[HEAD + secret..HEAD + payload])?;
+            bytes[HEAD + payload..HEAD + payload + TAG].copy_from_slice(&tag);
+            end += TAG;
+        }
+        head.payload = match u32::try_from(end) {
+            Ok(length) => length,
+            Err(_) => return invalid("record too long"),
+        };
+        bytes[..HEAD].copy_from_slice(&head.encode());
+        self.length += HEAD + end;
+        self.heads.push(head);
+        Ok(head)
+    }
+
+    /// Append the record of a block.
+    pub fn block(
+        &mut self, ids: &Ids, sealer: Sealer, codec: Codec, level: i32, id: &Id, content: &[u8],
+    ) -> Result<Head> {
+        let room = self.room(HEAD + codec::bound(content.len()) + TAG);
+        let (codec, length) = codec::encode(codec, level, content, &mut room[HEAD..])?;
+        let plain = content.len() as u32;
+        let head = Head { kind: Kind::Block, codec, key: NO_KEY, plain, payload: 0, id: *id, nonce: [0; 12] };
+        self.finish(ids, sealer, head, length, 0, b"")
+    }
+
+    /// Append the record of a map page.
+    pub fn page(&mut self, ids: &Ids, sealer: Sealer, public: &[u8], sealed: &[u8]) -> Result<Head> {
+        let secret = 4 + public.len();
+        let length = secret + sealed.len();
+        let room = &mut self.room(HEAD + length + TAG)[HEAD..];
+        room[..4].copy_from_slice(&(public.len() as u32).to_le_bytes());
+        room[4..secret].copy_from_slice(public);
+        room[secret..length].copy_from_slice(sealed);
+        let head = Head {
+            kind: Kind::Page,
+            codec: Codec::Stored,
+            key: NO_KEY,
+            plain: sealed.len() as u32,
+            payload: 0,
+            id: ids.page(public, sealed),
+            nonce: [0; 12],
+        };
+        self.finish(ids, sealer, head, length, secret, public)
+    }
 }
 
 /// The key a record needs, out of its pack's keys by envelope number.
@@ -245,9 +276,7 @@ pub fn open_block(ids: &Ids, keys: &[Option<SessionKey>], want: &Id, record: &mu
 }
 
 /// Open a page's record: (id, public part, sealed part).
-pub fn open_page<'a>(
-    ids: &Ids, keys: &[Option<SessionKey>], record: &'a mut [u8],
-) -> Result<(Id, &'a [u8], &'a [u8])> {
+pub fn open_page<'a>(ids: &Ids, keys: &[Option<SessionKey>], record: &'a mut [u8]) -> Result<(Id, &'a [u8], &'a [u8])> {
     let (head, payload) = split(record)?;
     if head.kind != Kind::Page || head.codec != Codec::Stored {
         return damaged("another record lies in its place");
@@ -289,10 +318,10 @@ mod tests {
     fn sealed(content: &[u8], key: Option<&SessionKey>) -> (Id, Vec<u8>) {
         let ids = ids();
         let id = ids.block(content);
-        let mut out = Vec::new();
+        let mut out = Records::default();
         let sealer = key.map(|k| (k, 0));
-        seal_block(&ids, sealer, Codec::Lz4, 1, &id, content, &mut Vec::new(), &mut out).expect("seals");
-        (id, out)
+        out.block(&ids, sealer, Codec::Lz4, 1, &id, content).expect("seals");
+        (id, out.bytes().to_vec())
     }
 
     proptest! {

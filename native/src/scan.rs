@@ -9,7 +9,7 @@ use crate::error::{invalid, Result};
 use crate::io::{is_zero, Aligned, ALIGN};
 use crate::known::{Claim, Known};
 use crate::pack::Writer;
-use crate::record::{seal_block, Head, Ids, MAX_BLOCK};
+use crate::record::{Ids, Records, MAX_BLOCK};
 use crate::slots::{push_range, Place, Slot, DATA, UNREADABLE, ZERO};
 use crate::source::{OnError, Source};
 use crate::workers;
@@ -92,9 +92,7 @@ struct Piece {
 
 struct Worker {
     buffer: Aligned,
-    scratch: Vec<u8>,
-    out: Vec<u8>,
-    heads: Vec<Head>,
+    records: Records,
     claimed: Vec<(usize, Id)>,
     busy: Vec<(usize, Id)>,
     done: Vec<(usize, Slot)>,
@@ -154,9 +152,7 @@ pub fn scan(job: &Job) -> Result<Found> {
     let init = || {
         Ok(Worker {
             buffer: Aligned::new(room),
-            scratch: Vec::new(),
-            out: Vec::new(),
-            heads: Vec::new(),
+            records: Records::default(),
             claimed: Vec::new(),
             busy: Vec::new(),
             done: Vec::new(),
@@ -256,17 +252,7 @@ impl Worker {
             }
             Claim::Yours => {
                 self.claimed.push((at, id));
-                let head = seal_block(
-                    job.ids,
-                    store.pack.sealer(),
-                    store.codec,
-                    store.level,
-                    &id,
-                    content,
-                    &mut self.scratch,
-                    &mut self.out,
-                )?;
-                self.heads.push(head);
+                self.records.block(job.ids, store.pack.sealer(), store.codec, store.level, &id, content)?;
             }
         }
         Ok(())
@@ -275,16 +261,14 @@ impl Worker {
     /// Write what `take` sealed, publish it, and only then wait for what others are storing.
     fn flush(&mut self, job: &Job) -> Result<()> {
         let Some(store) = job.store else { return Ok(()) };
-        if !self.heads.is_empty() {
-            let places = store.pack.append(&self.out, &self.heads)?;
+        if !self.claimed.is_empty() {
+            self.counts.new += self.claimed.len() as u64;
+            self.counts.stored += self.records.bytes().len() as u64;
+            let places = store.pack.append(&mut self.records)?;
             for ((at, id), place) in self.claimed.drain(..).zip(places) {
                 store.known.publish(&id, place);
                 self.done.push((at, Slot::data(id, place)));
             }
-            self.counts.new += self.heads.len() as u64;
-            self.counts.stored += self.out.len() as u64;
-            self.out.clear();
-            self.heads.clear();
         }
         for (at, id) in self.busy.drain(..) {
             let place = store.known.wait(&id)?;

@@ -3,7 +3,7 @@
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-use crate::{digest, crypto};
+use crate::{crypto, digest};
 
 #[pyfunction]
 #[pyo3(signature = (data, key=None))]

@@ -42,8 +42,8 @@ impl Scan {
     fn changed(&self) -> u64 {
         self.counts.changed
     }
-    #[getter]
-    fn new(&self) -> u64 {
+    #[getter(new)]
+    fn new_blocks(&self) -> u64 {
         self.counts.new
     }
     #[getter]
