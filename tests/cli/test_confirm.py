@@ -78,3 +78,8 @@ def test_a_dry_run_asks_nothing(imager, repository: Path, target: str) -> None:
     assert code == 0
     assert target in shown and "will be overwritten" not in shown
     assert content(target) == before
+
+
+def test_a_first_backup_of_a_device_warns_of_nothing(imager, repository: Path, target: str) -> None:
+    ended = imager.ok("-r", repository, "backup", target, "--name", "new")
+    assert "warning" not in ended.err

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
-
-cargo = pytest.mark.skipif(shutil.which("cargo") is None, reason="there is no cargo")
 
 
 def passes(*argv: str, where: Path = ROOT) -> None:
@@ -29,17 +24,6 @@ def test_ruff_format() -> None:
 
 def test_mypy_strict() -> None:
     passes(sys.executable, "-m", "mypy")
-
-
-@cargo
-def test_cargo_fmt() -> None:
-    passes("cargo", "fmt", "--check", where=ROOT / "native")
-
-
-@cargo
-@pytest.mark.slow
-def test_clippy() -> None:
-    passes("cargo", "clippy", "--offline", "--all-targets", "--", "-D", "warnings", where=ROOT / "native")
 
 
 def test_shell_scripts() -> None:
