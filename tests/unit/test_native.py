@@ -28,11 +28,13 @@ def passes(*argv: str) -> str:
     return done.stdout
 
 
+@pytest.mark.skipif(shutil.which("cargo-fmt") is None, reason="there is no rustfmt")
 def test_format() -> None:
     passes("fmt", "--check")
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cargo-clippy") is None, reason="there is no clippy")
 def test_clippy() -> None:
     passes("clippy", "--locked", "--release", "--all-targets", "--", "-D", "warnings")
 
