@@ -12,10 +12,10 @@ import re
 from collections.abc import Callable, Iterable
 from xml.parsers import expat
 
+from imager.changes.collect import Collector
 from imager.errors import UsageError
 from imager.extents import Extents
 
-_MAX_RANGES = 1 << 20
 _MAX_OFFSET = 1 << 60
 _FIELDS = ("ImageSize", "BlockSize", "BlocksCount", "MappedBlocksCount", "ChecksumType")
 _SELF = {"BmapFileChecksum": None, "BmapFileSHA1": "sha1"}
@@ -29,7 +29,9 @@ class _Parser:
     def __init__(self) -> None:
         self.version = ""
         self.fields: dict[str, str] = {}
-        self.ranges: list[str] = []
+        self.collected = Collector()
+        self.mapped = 0
+        self.end = 0
         self._path: list[str] = []
         self._text: list[str] = []
 
@@ -60,19 +62,29 @@ class _Parser:
         text = "".join(self._text).strip()
         self._text.clear()
         if name == "Range" and self._path == ["bmap", "BlockMap"]:
-            self.ranges.append(text)
-            if len(self.ranges) > _MAX_RANGES:
-                raise ValueError(f"it has more than {_MAX_RANGES} ranges")
+            self._range(text)
         elif self._path == ["bmap"] and (name in _FIELDS or name in _SELF):
             self.fields[name] = text
 
+    def _range(self, text: str) -> None:
+        match = _RANGE.fullmatch(text)
+        if not match:
+            raise ValueError(f"not a range of blocks: {text[:40]!r}")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if first > last:
+            raise ValueError(f"the range {text} ends before it begins")
+        self.collected.add(first, last + 1)
+        self.mapped += last + 1 - first
+        self.end = max(self.end, last + 1)
 
-def parse_bmap(data: bytes, name: str) -> tuple[Extents, int]:
-    """The mapped extents in bytes, and the image's size. Raises `UsageError`."""
+
+def parse_bmap(data: bytes, name: str) -> tuple[Extents, int, bool]:
+    """The mapped extents in bytes, the image's size, and whether they were widened. Raises `UsageError`."""
     try:
         parser = _Parser()
         parser.feed(data)
-        return _extents(parser, data)
+        extents, size = _extents(parser, data)
+        return extents, size, parser.collected.coarsened
     except (expat.ExpatError, ValueError) as error:
         raise UsageError(f"{name} is not a bmap file: {error}") from error
 
@@ -88,21 +100,13 @@ def _extents(parser: _Parser, data: bytes) -> tuple[Extents, int]:
     if _number(parser, "BlocksCount", blocks) != blocks:
         raise ValueError("its numbers of bytes and blocks contradict each other")
     _check_sum(parser, data)
-    ranges: list[tuple[int, int]] = []
-    mapped = 0
-    for text in parser.ranges:
-        match = _RANGE.fullmatch(text)
-        if not match:
-            raise ValueError(f"not a range of blocks: {text[:40]!r}")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if not first <= last < blocks:
-            raise ValueError(f"the range {text} does not lie within {blocks} blocks")
-        mapped += last + 1 - first
-        ranges.append((first * block, min((last + 1) * block, size)))
+    if parser.end > blocks:
+        raise ValueError(f"it lists block {parser.end - 1}, but the image has {blocks} blocks")
+    mapped = parser.mapped
     if _number(parser, "MappedBlocksCount", mapped) != mapped:
         said = parser.fields["MappedBlocksCount"]
         raise ValueError(f"it says that {said} blocks are mapped, but lists {mapped}")
-    return Extents.of(ranges), size
+    return parser.collected.result(blocks).scale(block).clip(size), size
 
 
 def _number(parser: _Parser, field: str, default: int | None = None) -> int:
@@ -126,7 +130,11 @@ def _check_sum(parser: _Parser, data: bytes) -> None:
         digest = hashlib.new(kind, usedforsecurity=False)
         if len(given) != 2 * digest.digest_size:
             raise ValueError("its checksum has the wrong length")
-        digest.update(data.replace(given.encode(), b"0" * len(given), 1))
+        at = data.index(given.encode())
+        with memoryview(data) as view:
+            digest.update(view[:at])
+            digest.update(b"0" * len(given))
+            digest.update(view[at + len(given) :])
         if digest.hexdigest() != given.lower():
             raise ValueError("its checksum is wrong: the file is damaged or was edited")
 

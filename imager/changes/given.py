@@ -1,8 +1,9 @@
 """A changed-block map that someone gives: bmap, ddrescue mapfile, or JSON.
 
-Invariant: nothing in the file is trusted: its size, its number of extents
-and every number are bounded, what it does not speak of counts as changed,
-and it is used only where its size, source and base fit (where it names them).
+Invariant: nothing in the file is trusted: its size and every number are
+bounded, memory stays bounded however many extents it has (see `collect`),
+what it does not speak of counts as changed, and it is used only where its
+size, source and base fit (where it names them).
 
 What the formats mean here:
 
@@ -18,6 +19,7 @@ What the formats mean here:
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from collections.abc import Mapping
@@ -26,13 +28,15 @@ from typing import Any
 
 import msgspec
 
+from imager.changes.collect import Collector
 from imager.changes.provider import Changes, Request, Unknown
 from imager.errors import UsageError
 from imager.extents import Extents
 from imager.units import format_size
 
-MAX_FILE = 128 << 20
-MAX_EXTENTS = 1 << 20
+MAX_FILE = 64 << 20
+MAX_JSON = 8 << 20
+"JSON is held in memory as a whole; the other formats are not."
 MAX_OFFSET = 1 << 60
 _IDENTITY = ("key", "wwn", "serial", "ptuuid", "partuuid", "stack_uuid", "path")
 _COARSER = "make a map of a coarser grain"
@@ -49,6 +53,7 @@ class GivenMap:
     size: int | None
     source: Mapping[str, Any] | None = None
     base: str | None = None
+    coarsened: bool = False  # more extents than are kept: neighbours were joined
 
     @property
     def name(self) -> str:
@@ -110,13 +115,13 @@ def parse(data: bytes, name: str = "map") -> GivenMap:
     if first == b"<":
         from imager.changes.bmap import parse_bmap
 
-        extents, size = parse_bmap(data, name)
-        return GivenMap(name, "bmap", extents, size)
+        extents, size, coarsened = parse_bmap(data, name)
+        return GivenMap(name, "bmap", extents, size, coarsened=coarsened)
     if first == b"{":
         return _json(data, name)
     if first == b"#" or first.isdigit():
-        extents, size = _ddrescue(data, name)
-        return GivenMap(name, "ddrescue", extents, size)
+        extents, size, coarsened = _ddrescue(data, name)
+        return GivenMap(name, "ddrescue", extents, size, coarsened=coarsened)
     raise UsageError(f"{name} is not a changed-block map", hint=_HINT)
 
 
@@ -128,6 +133,11 @@ class _Document(msgspec.Struct):
 
 
 def _json(data: bytes, name: str) -> GivenMap:
+    if len(data) > MAX_JSON:
+        raise UsageError(
+            f"{name} is larger than {format_size(MAX_JSON)}",
+            hint="give large maps as bmap or ddrescue mapfile",
+        )
     try:
         document = msgspec.json.decode(data, type=_Document)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -135,44 +145,49 @@ def _json(data: bytes, name: str) -> GivenMap:
     size = document.size
     if size is not None and not 0 <= size <= MAX_OFFSET:
         raise UsageError(f"{name}: {size} cannot be an image's size")
-    _bound(len(document.extents), name)
     limit = MAX_OFFSET if size is None else size
     for start, length in document.extents:
         if start < 0 or length < 0 or start + length > limit:
             raise UsageError(f"{name}: the extent [{start}, {length}] does not lie within the image")
-    ranges = ((start, start + length) for start, length in document.extents)
-    return GivenMap(name, "json", Extents.of(ranges), size, document.source, document.base)
+    found = Collector()
+    for start, length in document.extents:
+        found.add(start, start + length)
+    extents = found.result(limit)
+    return GivenMap(name, "json", extents, size, document.source, document.base, found.coarsened)
 
 
 _NUMBER = re.compile(r"0[xX][0-9a-fA-F]+|[0-9]+")
 
 
-def _ddrescue(data: bytes, name: str) -> tuple[Extents, int]:
+def _ddrescue(data: bytes, name: str) -> tuple[Extents, int, bool]:
     """Named extents, and where the map ends. Blocks must follow each other without a gap."""
+    found = Collector()
+    position: int | None = None
+    status = False
     try:
-        text = data.decode("ascii", errors="surrogateescape")
-        lines = (line.split("#", 1)[0].split() for line in text.splitlines())
-        rows = [fields for fields in lines if fields]
-        if not rows or len(rows[0]) not in (2, 3) or rows[0][1] not in "?*/-FG+":
-            raise ValueError("it has no status line")
-        _integer(rows[0][0])
-        _bound(len(rows), name)
-        named: list[tuple[int, int]] = []
-        position: int | None = None
-        for fields in rows[1:]:
+        for raw in io.BytesIO(data):
+            fields = raw.split(b"#", 1)[0].decode("ascii", errors="replace").split()
+            if not fields:
+                continue
+            if not status:
+                if len(fields) not in (2, 3) or fields[1] not in ("?", "*", "/", "-", "F", "G", "+"):
+                    raise ValueError("it has no status line")
+                _integer(fields[0])
+                status = True
+                continue
             if len(fields) != 3 or fields[2] not in ("?", "*", "/", "-", "+"):
                 raise ValueError(f"cannot read the line {' '.join(fields)[:80]!r}")
             start, length = _integer(fields[0]), _integer(fields[1])
-            if position is not None and start != position:
-                raise ValueError(f"the block at {start} should begin at {position}")
             if position is None:
-                named.append((0, start))  # the map says nothing of what lies before it
+                found.add(0, start)  # the map says nothing of what lies before it
+            elif start != position:
+                raise ValueError(f"the block at {start} should begin at {position}")
             position = start + length
             if fields[2] != "?":
-                named.append((start, position))
+                found.add(start, position)
         if position is None:
-            raise ValueError("it lists no blocks")
-        return Extents.of(named), position
+            raise ValueError("it lists no blocks" if status else "it has no status line")
+        return found.result(position), position, found.coarsened
     except ValueError as error:
         raise UsageError(f"{name} is not a ddrescue mapfile: {error}", hint=_HINT) from error
 
@@ -186,8 +201,3 @@ def _integer(text: str) -> int:
     if value > MAX_OFFSET:
         raise ValueError(f"{text} is out of range")
     return value
-
-
-def _bound(count: int, name: str) -> None:
-    if count > MAX_EXTENTS:
-        raise UsageError(f"{name} has {count} extents, more than {MAX_EXTENTS}", hint=_COARSER)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from imager.changes import formats
 from imager.changes import given as maps
+from imager.changes.collect import MOST, Collector
 from imager.changes.provider import Base, Changes, Request, Unknown
 from imager.changes.scan import HashScan
 from imager.command import find
@@ -259,3 +261,33 @@ def test_ddrescue_is_read_and_reads_ours(tmp_path: Path) -> None:
     data, copied = image.read_bytes(), out.read_bytes()
     assert copied[40960:81920] == data[40960:81920]
     assert not any(copied[:40960])
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 5000)), max_size=300),
+    st.integers(1, 20),
+)
+def test_collected_extents_cover_what_was_added(pairs: list[tuple[int, int]], most: int) -> None:
+    size = (1 << 20) + 5000
+    collector = Collector(most)
+    for start, length in pairs:
+        collector.add(start, start + length)
+    exact = Extents.of((start, start + length) for start, length in pairs)
+    found = collector.result(size)
+    assert not exact - found
+    assert len(found) <= most
+    if not collector.coarsened:
+        assert found == exact
+    elif len(exact) < 2 * most and len(pairs) < 2 * most:
+        gaps = sorted(b[0] - a[1] for a, b in pairwise(exact.ranges))
+        assert found.total == exact.total + sum(gaps[: len(exact) - most])
+
+
+def test_a_map_of_very_many_extents_is_coarsened() -> None:
+    count = 600_000
+    lines = ["0 ? 1"]
+    lines += [f"{2 * n} 1 +\n{2 * n + 1} 1 ?" for n in range(count)]
+    got = maps.parse("\n".join(lines).encode())
+    assert got.coarsened and got.size == 2 * count
+    assert len(got.extents) == MOST
+    assert got.extents.total == 2 * count - MOST
