@@ -246,12 +246,17 @@ class BarReporter(TerminalReporter):
     def _begin(self, meter: Meter) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+        from rich.table import Column
 
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=16),
             TaskProgressColumn(),
-            TextColumn("{task.fields[size]}  {task.fields[rate]}  {task.fields[ratio]}  {task.fields[left]}"),
+            # On a narrow terminal what stands last is cut off, never wrapped.
+            TextColumn(
+                "{task.fields[size]}  {task.fields[rate]}  {task.fields[left]}  {task.fields[ratio]}",
+                table_column=Column(no_wrap=True, overflow="ellipsis"),
+            ),
             console=Console(file=self._stream),
             transient=True,
             refresh_per_second=8,
