@@ -26,7 +26,7 @@ from imager.engine.restore_plan import (
 )
 from imager.engine.target import HEAD, Target
 from imager.engine.windows import Window, pieces
-from imager.errors import IntegrityError, Interrupted, TargetError
+from imager.errors import IntegrityError, Interrupted, StorageError, TargetError
 from imager.events import Reporter
 from imager.extents import Extents
 from imager.repository.repository import Repository
@@ -70,8 +70,16 @@ def execute(
                 f"interrupted: {plan.target} is incomplete, its first {format_size(HEAD)} are empty",
                 hint="the same command with --resume goes on where it stopped",
             ) from error
-        except WriteError as error:
-            raise target.failed(None, error) from error
+        except (WriteError, TargetError, StorageError) as error:
+            if run.cleared:
+                again = "once the cause is gone, the same command with --resume goes on where it stopped"
+                reporter.warn(
+                    f"{plan.target} is incomplete, its first {format_size(HEAD)} are empty",
+                    hint=None if isinstance(error, TargetError) else again,
+                )
+            if isinstance(error, WriteError):
+                raise target.failed(None, error) from error
+            raise
         finally:
             target.close()
         saved = guarded.saved_table

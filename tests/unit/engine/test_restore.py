@@ -15,7 +15,7 @@ from imager._native import UNREADABLE, UNUSED, Slots
 from imager.engine import restore, restore_plan, stream, windows
 from imager.engine.restore import RestoreOptions
 from imager.engine.target import HEAD, Target
-from imager.errors import GuardRefused, IntegrityError, Interrupted, TargetError, UsageError
+from imager.errors import GuardRefused, IntegrityError, Interrupted, StorageError, TargetError, UsageError
 from imager.events import Silent
 from imager.repository.manifest import Manifest
 from imager.repository.repository import Repository
@@ -43,6 +43,26 @@ def test_bit_for_bit(repository: Repository, writer: Writer, tmp_path: Path, siz
     assert not list((tmp_path / "state" / "restores").glob("*"))
     with pytest.raises(GuardRefused) if size else no_error():
         go(repository, "disk", out)
+
+
+def test_a_repository_that_vanishes(
+    plain: Repository, plain_writer: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = os.urandom(4 * MIB)
+    plain_writer.store({"sda": data})
+    out = tmp_path / "out.img"
+    plan = restore.plan(plain, "disk", str(out), RestoreOptions(), Silent())
+    plain.close()
+    os.rename(tmp_path / "repo", tmp_path / "gone")
+    reporter = Silent()
+    with pytest.raises(StorageError) as caught:
+        restore.execute(plain, plan, reporter)
+    assert caught.value.exit_code == 1 and str(tmp_path / "repo") in caught.value.message
+    assert any("incomplete" in text for text in reporter.warnings)
+    assert not any(out.read_bytes())
+    os.rename(tmp_path / "gone", tmp_path / "repo")
+    go(plain, "disk", out, resume=True)
+    assert out.read_bytes() == data
 
 
 class no_error:
