@@ -79,8 +79,8 @@ class PackAccess(ABC):
         name = self.names.name(number)
         return f"pack {name.hex()}" if name is not None else f"the pack being written (number {number})"
 
-    def pack_reader(self, number: int) -> Reader:
-        """(descriptor, key handles by envelope number) of a pack, data or map.
+    def pack_reader(self, number: int, kind: int = KIND_DATA) -> Reader:
+        """(descriptor, key handles by envelope number) of a pack; `kind`: as what it is looked for first.
 
         The descriptor stays open until 64 other packs have been asked for;
         `packs` keeps a larger number. Packs set aside by a repair are found too,
@@ -92,7 +92,7 @@ class PackAccess(ABC):
             if reader is not None:
                 self._readers.move_to_end(number)
                 return reader
-            reader = self._open_pack(number)
+            reader = self._open_pack(number, kind)
             self._readers[number] = reader
             self._close_some()
             return reader
@@ -134,23 +134,26 @@ class PackAccess(ABC):
         for number in [number for number in self._readers if number not in self._pinned][:excess]:
             os.close(self._readers.pop(number)[0])
 
-    def open_object(self, number: int) -> int:
-        """A descriptor of a pack's object, the caller's to close. Raises `IntegrityError`, `StorageError`."""
+    def open_object(self, number: int, kind: int = KIND_DATA) -> int:
+        """A descriptor of a pack's object, the caller's to close. Raises `IntegrityError`, `StorageError`.
+
+        `kind`: as what it is looked for first; each place costs a call of the storage.
+        """
         name = self.names.name(number)
         if name is None:
             raise IntegrityError(f"{self.pack_label(number)} cannot be read yet")
-        for kind in (KIND_DATA, KIND_MAP):
-            for prefix in ("", DAMAGED):
-                try:
-                    return self.storage.open(prefix + pack_object(kind, name))
-                except NotFound:
-                    continue
+        other = KIND_MAP if kind == KIND_DATA else KIND_DATA
+        for prefix, one in (("", kind), (DAMAGED, kind), ("", other), (DAMAGED, other)):
+            try:
+                return self.storage.open(prefix + pack_object(one, name))
+            except NotFound:
+                continue
         raise IntegrityError(
             f"pack {name.hex()} is missing", hint="imager check tells which image sets that concerns"
         )
 
-    def _open_pack(self, number: int) -> Reader:
-        fd = self.open_object(number)
+    def _open_pack(self, number: int, kind: int) -> Reader:
+        fd = self.open_object(number, kind)
         try:
             header = read_header(fd)
             try:
@@ -203,7 +206,7 @@ class PackAccess(ABC):
         if chunk is not None:
             self._chunks.move_to_end(key)
             return chunk
-        fd, _ = self.pack_reader(number)
+        fd, _ = self.pack_reader(number, KIND_MAP)
         try:
             chunk = os.pread(fd, _CHUNK, index * _CHUNK)
         except OSError as error:

@@ -26,7 +26,7 @@ from imager.repository.session import Session
 from imager.storage.folder import FolderStorage
 from tests.workbench import MEMORY, state_in
 
-EXAMPLES = int(os.environ.get("IMAGER_TEST_EXAMPLES", "25"))
+EXAMPLES = int(os.environ.get("IMAGER_TEST_EXAMPLES", "100"))
 FEW = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 PACK = bytes(range(32))
 "A data pack that nothing here ever opens."
