@@ -1,0 +1,115 @@
+"""Golden repositories: what earlier versions wrote, every version reads, by engine and reference reader.
+
+And the other way round: a repository that the engine had no part in, written
+from the format's page by `tests.reference_writer`, is restored by it.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from imager.engine.verify import verify
+from imager.events import Silent
+from imager.repository.check import check
+from imager.repository.imageset import list_sets
+from tests import reference_writer as w
+from tests.workbench import KEYFILE, PASSPHRASE, Workbench, sha256, state_in
+
+GOLDEN = Path(__file__).parents[2] / "fixtures" / "golden"
+NAMES = sorted(path.name.removesuffix(".tar.xz") for path in GOLDEN.glob("*.tar.xz"))
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path: Path) -> Any:
+    with state_in(tmp_path / "state"):
+        yield
+
+
+def test_there_are_some() -> None:
+    assert set(NAMES) >= {"plain-lz4", "keyfile-zstd", "passphrase-stream", "sizes", "unreadable"}
+    assert NAMES == sorted(path.stem for path in GOLDEN.glob("*.json")), "each with its expectations"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_golden_repository(name: str, tmp_path: Path) -> None:
+    facts = json.loads((GOLDEN / f"{name}.json").read_text())
+    with tarfile.open(GOLDEN / f"{name}.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    place = Workbench(tmp_path, encryption=facts["encryption"], create=False)
+    with place.open(writing=False) as repository:
+        listing = list_sets(repository)
+        assert not listing.problems
+        assert [one.id for one in listing.sets] == [one["set"] for one in facts["sets"]]
+        found = check(repository, Silent(), read_data="all")
+        assert found.ok and not found.problems
+        for one in listing.sets:
+            assert verify(repository, one.id, Silent()).ok
+    for one in facts["sets"]:
+        manifest = place.manifest(one["set"])
+        assert manifest.content.strategy == one["strategy"]
+        assert [image.disk for image in manifest.images] == list(one["disks"])
+        for image in manifest.images:
+            wanted = one["disks"][image.disk]
+            assert (image.size, [list(extent) for extent in image.unreadable]) == (
+                wanted["size"],
+                wanted["unreadable"],
+            )
+            target = tmp_path / "out"
+            summary = place.restore(f"{one['set']}:{image.disk}", target)
+            assert summary.verified and sha256(target) == wanted["sha256"], f"restore of {one['set']}"
+            target.unlink()
+            place.reference(one["set"], target, image.disk)
+            assert sha256(target) == wanted["sha256"], f"reference reader of {one['set']}"
+            target.unlink()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "passphrase-stream"])
+def test_a_golden_repository_goes_on(name: str, tmp_path: Path) -> None:
+    """This version adds a set to it, of another lineage, and all is as it should be."""
+    facts = json.loads((GOLDEN / f"{name}.json").read_text())
+    with tarfile.open(GOLDEN / f"{name}.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    place = Workbench(tmp_path, encryption=facts["encryption"], create=False)
+    last = facts["sets"][-1]
+    disk = next(iter(last["disks"]))
+    image = tmp_path / "image"
+    place.restore(f"{last['set']}:{disk}", image)
+    one = place.backup(image, name="more")
+    assert one.images[0].blocks_new == 0, "all of it is there already"
+    place.gives(one.set, {"image": image})
+    place.is_whole([one.set, *(one["set"] for one in facts["sets"])])
+
+
+@pytest.mark.parametrize("kind", ["none", "keyfile", "passphrase"])
+@pytest.mark.parametrize("codec", [w.STORED, w.LZ4, w.ZSTD])
+def test_the_engine_restores_what_it_did_not_write(kind: str, codec: int, tmp_path: Path) -> None:
+    secrets = {"keyfile": KEYFILE, "passphrase": PASSPHRASE.encode()}
+    slots = [(kind, secrets[kind])] if kind in secrets else []
+    writer = w.Writer(tmp_path / "repo", *slots, seed=codec, kdf=(64, 1, 1))
+    text = b"some text that compresses " * 40000
+    cipher = w.CHACHA if codec == w.LZ4 else w.AES
+    first = w.Disk.of(text[:700_001], "a")
+    sets = {writer.write_set("line", [first], codec=codec, cipher=cipher): {"a": first.content()}}
+    # Shared blocks and pages, small packs, two levels, unused and unreadable blocks.
+    second = w.Disk.of(text[:600_000] + bytes(90_001) + text[:710_000], "a")
+    third = w.Disk(
+        "b", 300 * 4096 + 5, 4096, {299: text[:4096], 300: b"tail!"}, frozenset({5, 6}), frozenset({9})
+    )
+    one = writer.write_set("line", [second, third], codec=codec, cipher=cipher, pack_bytes=20_000)
+    sets[one] = {"a": second.content(), "b": third.content()}
+    place = Workbench(tmp_path, encryption=kind, create=False)
+    for text_, wanted in sets.items():
+        place.gives(text_, wanted, old=b"x" * 1_000_000)
+    place.is_whole(sets)
+    assert place.manifest(one).images[1].unreadable == ((9 * 4096, 4096),)
+    # And it can be built on.
+    image = tmp_path / "a"
+    image.write_bytes(second.content() + b"more")
+    more = place.backup(image, name="line")
+    place.gives(more.set, {"a": image.read_bytes()})
+    place.is_whole([*sets, more.set])
