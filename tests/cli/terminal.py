@@ -21,8 +21,10 @@ def on_a_terminal(
         )
     shown = b""
     sent = not typed
+    ready = select.poll()  # select() refuses descriptors past 1023
+    ready.register(terminal, select.POLLIN)
     while True:
-        if not select.select([terminal], [], [], 60)[0]:
+        if not ready.poll(60_000):
             os.kill(process, signal.SIGKILL)
             break
         try:
