@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from imager import _native
 from imager.errors import UsageError
 from imager.events import Reporter
-from imager.repository import index, structure
+from imager.repository import index, missing, structure
 from imager.repository.damage import hurt_by_pack
 from imager.repository.findings import Hurt, Problem, Survey
 from imager.repository.format import DAMAGED, INDEX, KIND_DATA, KIND_MAP, PACKS, pack_object
@@ -235,7 +235,12 @@ def _set_aside(found: Survey, done: list[str]) -> None:
         try:
             fd = repository.storage.open(path)
         except NotFound:
-            continue  # Missing: nothing to set aside.
+            # The index is going to forget it, and a backup by a map of changes must not inherit it.
+            missing.note(repository, name)
+            done.append(
+                f"noted that {path} is missing: the next backup stores again what its source still has"
+            )
+            continue
         try:
             whole = _native.check_pack(fd, name, repository.id).ok
         except OSError:
@@ -260,4 +265,3 @@ def _rebuild(found: Survey, done: list[str]) -> list[Problem]:
     if swept:
         done.append(f"removed {len(swept)} files that dead writers left")
     return [replace(problem, repaired=problem.kind == "index") for problem in found.problems]
-

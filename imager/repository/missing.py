@@ -14,25 +14,35 @@ from imager.repository.blockmap import MapReader
 from imager.repository.format import DAMAGED, is_pack_name
 from imager.repository.imageset import Image
 from imager.repository.repository import Repository
+from imager.storage.errors import AlreadyExists
+
+MISSING = DAMAGED + "missing/"
 
 
 def packs(repository: Repository) -> list[bytes]:
     """Names of packs that are known of and not listed, sorted.
 
     Known of are those that index segments name (load them before), roots of
-    maps that were opened, and what a repair set aside. Call `packs_present`
-    before. Raises `StorageError`.
+    maps that were opened, and what a repair set aside or found missing. Call
+    `packs_present` before. Raises `StorageError`.
     """
     names = repository.names
-    found = {
-        bytes.fromhex(name[-64:])
-        for name in repository.storage.list_names(DAMAGED)
-        if is_pack_name(name[-64:])
-    }
+    for name in repository.storage.list_names(DAMAGED):
+        if is_pack_name(name[-64:]):
+            names.intern(bytes.fromhex(name[-64:]))
+    found: set[bytes] = set()
     for number in range(names.reserve()):
         if not names.is_present(number) and (name := names.name(number)) is not None:
             found.add(name)
     return sorted(found)
+
+
+def note(repository: Repository, name: bytes) -> None:
+    """Keep it known that a pack is missing, when the index forgets it. Raises `StorageError`."""
+    try:
+        repository.storage.create(MISSING + name.hex(), b"")
+    except AlreadyExists:
+        pass
 
 
 def digest(lost: list[bytes]) -> str:

@@ -35,6 +35,7 @@ from imager.repository.format import (
     parse,
     shape,
 )
+from imager.repository.missing import MISSING
 from imager.repository.packs import read_header
 from imager.repository.pages import BadPage, Seen, pages
 from imager.repository.repository import Opening, Repository
@@ -149,6 +150,8 @@ def _packs(found: Survey) -> None:
             elif path != prefix + path[-64:-62] + "/" + path[-64:]:
                 found.problems.append(Problem("pack", path, "it lies in the wrong folder"))
     for path in repository.storage.list_names(DAMAGED):
+        if path.startswith(MISSING):
+            continue
         name_text = path.rpartition("/")[2]
         if is_pack_name(name_text):
             number = repository.names.intern(bytes.fromhex(name_text))
@@ -225,9 +228,7 @@ def _maps(found: Survey) -> None:
         if path not in found.sizes and not repository.storage.exists(path):
             found.blame(number, "it is missing")
     orphans = sum(
-        1
-        for path in found.sizes
-        if repository.names.intern(bytes.fromhex(path[-64:])) not in found.used
+        1 for path in found.sizes if repository.names.intern(bytes.fromhex(path[-64:])) not in found.used
     )
     if orphans:
         found.notes.append(

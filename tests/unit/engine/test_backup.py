@@ -227,7 +227,7 @@ def maps_of(tmp_path: Path, how: str, extents: Sequence[tuple[int, int]] = ()) -
 
 
 @pytest.mark.parametrize("how", ["scan", "map"])
-@pytest.mark.parametrize("loss", ["deleted", "set aside"])
+@pytest.mark.parametrize("loss", ["deleted", "deleted and repaired", "set aside"])
 def test_blocks_of_a_lost_pack_are_stored_again(
     place: Workbench, image: Path, tmp_path: Path, how: str, loss: str
 ) -> None:
@@ -237,14 +237,16 @@ def test_blocks_of_a_lost_pack_are_stored_again(
     pack = max(
         (place.root / "packs").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0
     )
-    if loss == "deleted":
+    if loss.startswith("deleted"):
         pack.unlink()
     else:
         with pack.open("r+b") as file:
             file.seek(1 << 20)
             file.write(b"damage")
-        with place.open() as repository:
-            assert check(repository, Silent(), read_data="all", repair=True).repaired
+    if loss != "deleted":
+        for _ in range(2):
+            with place.open() as repository:
+                assert check(repository, Silent(), read_data="all", repair=True).problems
         assert not pack.exists()
     extents = overwrite(image, [900], 3)
     reporter = Silent()
