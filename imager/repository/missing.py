@@ -27,9 +27,9 @@ def packs(repository: Repository) -> list[bytes]:
     `packs_present` before. Raises `StorageError`.
     """
     names = repository.names
-    for name in repository.storage.list_names(DAMAGED):
-        if is_pack_name(name[-64:]):
-            names.intern(bytes.fromhex(name[-64:]))
+    for path in repository.storage.list_names(DAMAGED):
+        if is_pack_name(path[-64:]):
+            names.intern(bytes.fromhex(path[-64:]))
     found: set[bytes] = set()
     for number in range(names.reserve()):
         if not names.is_present(number) and (name := names.name(number)) is not None:
