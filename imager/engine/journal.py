@@ -63,7 +63,7 @@ class Journal:
         try:
             with open(self.path, "rb") as file:
                 state = msgspec.json.decode(file.read(64 << 20), type=_State)
-        except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        except (OSError, msgspec.DecodeError, UnicodeError, RecursionError):
             return False
         blocks = -(-self._state.size // self._state.block_size)
         ranges = [*state.done, *([state.begun] if state.begun else [])]

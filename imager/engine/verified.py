@@ -51,5 +51,5 @@ def last(repository: str, set_id: str) -> Verified | None:
     try:
         with open(os.path.join(_folder(repository), f"{set_id}.json"), "rb") as file:
             return msgspec.json.decode(file.read(1 << 16), type=Verified)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+    except (OSError, msgspec.DecodeError, UnicodeError, RecursionError):
         return None

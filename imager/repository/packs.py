@@ -216,6 +216,11 @@ class PackAccess(ABC):
             self._chunks.popitem(last=False)
         return chunk
 
+    def __del__(self) -> None:
+        # Descriptors are bare numbers: whoever drops a repository without closing it must not leak them.
+        if hasattr(self, "_chunks"):
+            self.close()
+
     def close(self) -> None:
         """Close the descriptors of packs."""
         with self._lock:
