@@ -109,11 +109,10 @@ class Imaging:
             if elsewhere is not None:
                 self._writer.uniform(position, number, elsewhere)
             position = number + 1
-            leaf = self._writer.leaf(number)
+            leaf = self._leaf(number)
             if elsewhere is None and not leaf.known:
                 # The base does not tell what the unread blocks of this leaf are.
                 ranges = [(number * PAGE_SLOTS, number * PAGE_SLOTS + len(leaf.slots))]
-                self._warn_once()
             batch.append((leaf, ranges))
             blocks += sum(end - start for start, end in ranges)
             if blocks * self._settings.block_size >= SEGMENT or len(batch) >= _MAX_LEAVES:
@@ -163,6 +162,12 @@ class Imaging:
         for leaf, at, low, high in parts:
             leaf.slots.put(at, slots.slice(low, high))
 
+    def _leaf(self, number: int) -> Leaf:
+        leaf = self._writer.leaf(number)
+        if leaf.harmed:
+            self._warn_once()
+        return leaf
+
     def _warn_once(self) -> None:
         if not self._warned:
             self._warned = True
@@ -199,9 +204,9 @@ class Imaging:
         for number in range(first // PAGE_SLOTS, -(-last // PAGE_SLOTS)):
             leaf = self._open_leaf if self._open_leaf and self._open_leaf.index == number else None
             if leaf is None:
-                leaf = self._writer.leaf(number)
+                leaf = self._leaf(number)
             elif len(leaf.slots) < self._writer.length(number):
-                grown = self._writer.leaf(number)
+                grown = self._leaf(number)
                 grown.slots.put(0, leaf.slots)
                 leaf = grown
             leaves.append(leaf)

@@ -255,13 +255,15 @@ def _differing(a: MapReader, b: MapReader, blocks: int) -> Iterator[tuple[int, i
 
 @dataclass(slots=True)
 class Leaf:
-    """A leaf that is worked on. `page`, `old`: what the base has; `known`: nothing in it is UNKNOWN."""
+    """A leaf that is worked on. `page`, `old`: what the base has; `known`: nothing in it is UNKNOWN;
+    `harmed`: for the base has lost it, or records that it refers to."""
 
     index: int
     page: Page | int | None
     old: Slots
     slots: Slots
     known: bool
+    harmed: bool
 
 
 class MapWriter:
@@ -296,18 +298,19 @@ class MapWriter:
         """A leaf as the base has it, in the length that it has now; what is not known is UNKNOWN."""
         page: Page | int | None = None
         old = Slots()
+        harmed = False
         if self.base is not None:
             try:
                 page = self.base.find(0, index)
                 old = self.base.leaf(index)
             except DamagedPage:
-                page = None
+                page, harmed = None, True
         slots = old.copy()
         absent = slots.drop_absent(self.session.repository.names)
         self.absent += absent
         known = absent == 0 and page is not None and len(old) == self.length(index)
         slots.resize(self.length(index), UNKNOWN)
-        return Leaf(index, page, old, slots, known)
+        return Leaf(index, page, old, slots, known, harmed or absent > 0)
 
     def untold(self, wanted: Extents) -> Extents:
         """Ranges of blocks below damaged pages that are above the leaves of `wanted`: the base tells nothing.
