@@ -18,7 +18,7 @@ UNKNOWN: int
 "only in memory: compares unequal to everything"
 
 class ReadError(OSError):
-    """A source or a pack could not be read. errno (0: it ended early), strerror; filename is the byte offset."""
+    """A source or a pack could not be read. errno (0: it ended early), strerror; filename: byte offset."""
 
 class WriteError(OSError):
     """A pack or a target could not be written. errno, strerror; filename is the byte offset."""
@@ -105,8 +105,18 @@ def pack_envelopes(header: bytes, repository: bytes) -> list[bytes]:
 class PackWriter:
     """A pack being written to a file descriptor that is its own, from offset 0."""
 
-    def __init__(self, vault: Vault, fd: int, *, kind: int, session: bytes, sequence: int,
-                 envelope: bytes | None, key: int | None, number: int) -> None: ...
+    def __init__(
+        self,
+        vault: Vault,
+        fd: int,
+        *,
+        kind: int,
+        session: bytes,
+        sequence: int,
+        envelope: bytes | None,
+        key: int | None,
+        number: int,
+    ) -> None: ...
     number: int
     size: int
     records: int
@@ -135,7 +145,7 @@ class Known:
 
     def __init__(self, names: Names) -> None: ...
     def load(self, fd: int, repository: bytes) -> int:
-        """Map a segment into memory; returns its number of entries. Raises DamagedError. The fd may be closed after."""
+        """Search a segment too; its number of entries. Raises DamagedError. The fd may be closed after."""
     def add_pack(self, number: int, records: Sequence[tuple[int, bytes, int, int]]) -> None: ...
     def find(self, id: bytes) -> tuple[int, int, int] | None:
         """(pack number, offset, length)."""
@@ -209,7 +219,7 @@ class Gather:
     stored: int
     "bytes of all records"
     def slice_end(self, start: int, max_blocks: int) -> int:
-        """End of a slice of records from `start` on that fills at most `max_blocks` blocks (at least one record)."""
+        """End of a slice of records from `start` that fills `max_blocks` blocks at most, one record at least."""
     def packs(self, start: int, end: int) -> list[int]: ...
 
 class Failure:
@@ -237,7 +247,12 @@ def fetch(
     failures). A block that fails its check is never written. Raises WriteError (target)."""
 
 def read_blocks(
-    vault: Vault, packs: dict[int, tuple[int, Sequence[int | None]]], gather: Gather, *, image_size: int, block_size: int,
+    vault: Vault,
+    packs: dict[int, tuple[int, Sequence[int | None]]],
+    gather: Gather,
+    *,
+    image_size: int,
+    block_size: int,
 ) -> list[tuple[int, bytes]]:
     """The contents of a few records: (block number, bytes). Raises DamagedError."""
 
@@ -246,5 +261,7 @@ def compare_files(
 ) -> list[tuple[int, int]]:
     """Extents [start, end) in bytes, in units of `grain`, where two files or devices differ."""
 
-def non_zero(fd: int, start: int, end: int, *, direct: bool = False, threads: int = 0) -> list[tuple[int, int]]:
+def non_zero(
+    fd: int, start: int, end: int, *, direct: bool = False, threads: int = 0
+) -> list[tuple[int, int]]:
     """Extents [start, end) of 4 KiB pages within the range that are not all zero."""

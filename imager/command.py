@@ -42,11 +42,18 @@ def run(
     """
     program = find(argv[0]) if "/" not in argv[0] else argv[0]
     if program is None:
-        raise CommandError(f"{argv[0]} is not installed", hint=hint or f"install the package that holds {argv[0]}")
+        raise CommandError(
+            f"{argv[0]} is not installed", hint=hint or f"install the package that holds {argv[0]}"
+        )
     environment = {**os.environ, "LC_ALL": "C", "PATH": _path(), **(env or {})}
     try:
         done = subprocess.run(
-            [program, *argv[1:]], input=stdin, capture_output=True, timeout=timeout, env=environment, check=False
+            [program, *argv[1:]],
+            input=stdin,
+            capture_output=True,
+            timeout=timeout,
+            env=environment,
+            check=False,
         )
     except FileNotFoundError as error:
         raise CommandError(f"{argv[0]} is not installed", hint=hint) from error

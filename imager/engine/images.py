@@ -70,12 +70,20 @@ class Image:
             yield from _cut(window, ranges)
 
     def totals(self, on_damage: OnDamage | None = None) -> tuple[int, int]:
-        """(blocks that hold data, blocks of zeroes). Reads the whole map. Raises `IntegrityError`."""
+        """(bytes in blocks that hold data, blocks of zeroes). Reads the map. Raises `IntegrityError`."""
         data = zero = 0
         for window in self.windows(on_damage):
             more = window.data()
-            data, zero = data + more[0], zero + more[1]
+            data, zero = data + more[0] * self.geometry.block_size, zero + more[1]
+            if more[0] and window.end == self.geometry.blocks and self._ends_in_data(window):
+                data -= self.geometry.blocks * self.geometry.block_size - self.geometry.size
         return data, zero
+
+    @staticmethod
+    def _ends_in_data(window: Window) -> bool:
+        """Whether the window's last block holds data."""
+        last = window.ranges[-1][1] if window.ranges else 0
+        return last == window.end and window.slots.get(len(window.slots) - 1)[0] == DATA
 
     def _raise(self, first: int, count: int, reason: str) -> None:
         start = first * self.geometry.block_size

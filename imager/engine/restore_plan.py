@@ -244,8 +244,7 @@ def _whole_disk(image: Image, target: str) -> bool | None:
 
 def _bytes(image: Image) -> tuple[int, int]:
     """Bytes that hold data, and bytes of zeroes."""
-    data, _ = image.totals()
-    held = min(data * image.geometry.block_size, image.geometry.size)
+    held, _ = image.totals()
     return held, image.geometry.size - held
 
 

@@ -120,7 +120,7 @@ class _Work:
 
         data, _ = image.totals(lost)
         pages.clear()
-        self.reporter.phase(f"verifying {image.disk}", min(data * geometry.block_size, geometry.size))
+        self.reporter.phase(f"verifying {image.disk}", data)
         fetcher = Fetcher(self.repository, image.disk, geometry, self.reporter, threads=self.threads)
         for window in image.windows(lost):
             gather = gather_of(pieces(window))
@@ -128,7 +128,7 @@ class _Work:
                 self.damage += damage
             self.blocks += gather.blocks
             self.stored += gather.stored
-        self.bytes += min(data * geometry.block_size, geometry.size)
+        self.bytes += data
         self.damage += pages
         self.reporter.end()
         if fetcher.moved:

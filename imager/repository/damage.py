@@ -46,9 +46,7 @@ def hurt_by_pack(found: Survey) -> dict[int, list[Hurt]]:
 
 def _hurt(manifest: Manifest, image: Image, ranges: list[tuple[int, int]]) -> Hurt:
     extents = Extents.of(ranges).scale(image.block_size).clip(image.size)
-    return Hurt(
-        manifest.id, manifest.name, image.disk, tuple((start, end - start) for start, end in extents)
-    )
+    return Hurt(manifest.id, manifest.name, image.disk, tuple((start, end - start) for start, end in extents))
 
 
 def _lost(found: Survey, image: Image, doubtful: set[int]) -> Blocks:
@@ -106,5 +104,3 @@ def _try(found: Survey, image: Image, gather: Gather, lost: Blocks) -> None:
         for failure in failures:
             lost[failure.pack] += [(block, block + 1) for block in failure.blocks]
         start = end
-
-

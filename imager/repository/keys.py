@@ -165,9 +165,7 @@ def new_slot(
     )
     key = _key_of_slot(kdf, secret, "the new slot")
     sealed = AESGCM(key).encrypt(nonce, payload, _slot_data(repository, slot, secret.kind, role))
-    body = Slot(
-        slot.hex(), repository.hex(), secret.kind, role, label, now(), kdf, nonce.hex(), sealed.hex()
-    )
+    body = Slot(slot.hex(), repository.hex(), secret.kind, role, label, now(), kdf, nonce.hex(), sealed.hex())
     return slot.hex(), canonical(body)
 
 

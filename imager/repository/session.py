@@ -138,9 +138,7 @@ class Session:
             self._handle = repository.adopt_key(self.envelope, cipher, self.key)
         generation = max(numbered(repository.storage.list_names(CONDEMNED)), default=0)
         announcement = canonical(
-            SessionObject(
-                self.id, repository.config.repository, now(), epoch, host, os.getpid(), generation
-            )
+            SessionObject(self.id, repository.config.repository, now(), epoch, host, os.getpid(), generation)
         )
         self._publisher = _Publisher()
         # In the background, like all that follows; being first, it is durable before any pack has a name.

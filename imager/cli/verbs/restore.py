@@ -10,7 +10,7 @@ import click
 from imager.cli.group import verb
 from imager.cli.options import THREADS
 from imager.cli.shell import Shell
-from imager.errors import EXIT_DONE, EXIT_INCOMPLETE
+from imager.errors import EXIT_DONE, EXIT_INCOMPLETE, UsageError
 from imager.units import format_duration, format_rate, format_size
 
 if TYPE_CHECKING:
@@ -47,10 +47,26 @@ def command(
 ) -> int:
     """Write SET to TARGET, a device or an image file, then read it back and compare.
 
+    TARGET may be - for standard output: every block is checked before it is
+    written, and nothing can be read back.
+
     A device is written only after you have named it: type what the question
     asks for, or, where nobody is there to type, give --confirm-device.
     """
     opening = shell.open()
+    if target == "-":
+        if any((shell.json, delta, resume, dry_run, overwrite, confirm_device)):
+            raise UsageError(
+                "standard output is only written, in order",
+                hint="of the options, --disk and --threads go with it; or name a file",
+            )
+        from imager.engine import stream
+
+        with shell.reporter() as reporter:
+            streamed = stream.stream(opening.unlock(), set_text, reporter, disk=disk, threads=threads)
+            for start, length in streamed.unreadable:
+                reporter.warn(f"not in the set, zeroes written: {format_size(length)} at byte {start}")
+        return EXIT_INCOMPLETE if streamed.unreadable else EXIT_DONE
     from imager.engine import restore
 
     options = restore.RestoreOptions(

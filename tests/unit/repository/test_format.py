@@ -97,9 +97,7 @@ GOOD: dict[str, object] = {
         ({"seal": ""}, IntegrityError),
     ],
 )
-def test_a_config_is_refused_for_any_odd_value(
-    change: dict[str, object], error: type[Exception]
-) -> None:
+def test_a_config_is_refused_for_any_odd_value(change: dict[str, object], error: type[Exception]) -> None:
     form.parse_config(form.canonical(GOOD))
     with pytest.raises(error):
         form.parse_config(form.canonical({**GOOD, **change}))
