@@ -567,7 +567,10 @@ class Repository:
             raise Damaged(f"{name} is lost: {where}: {error}; and no pack has a whole copy") from None
 
     def _path(self, kind: int, pack: bytes) -> str:
-        return f"{'packs' if kind == BLOCK else 'maps'}/{pack.hex()[:2]}/{pack.hex()}"
+        path = f"{'packs' if kind == BLOCK else 'maps'}/{pack.hex()[:2]}/{pack.hex()}"
+        aside = os.path.join("damaged", path)
+        lost = not os.path.lexists(os.path.join(self.root, path))
+        return aside if lost and os.path.lexists(os.path.join(self.root, aside)) else path
 
     def _header(self, path: str) -> bytes:
         return self.load(path, PACK_MAX, 0, header_length(self.load(path, PACK_MAX, 0, 64)))

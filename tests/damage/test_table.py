@@ -193,11 +193,18 @@ def test_after_a_repair_the_next_backup_is_whole(
         assert ended.code == 0 and out == source.read_bytes() == read_back(
             place, (new, source.name), place.folder / "reference"
         )
-    # What the damage did not touch stays as it was.
+    # What the damage did not touch stays as it was; what was stored anew heals the older sets, too.
     losses, gone = world.losses(lost_records(row, world)), lost_sets(row)
-    for name, old in world.sets.items():
-        if name not in gone and not any(disk[0] == old for disk in losses):
-            assert place.imager("verify", old).code == 0
+    for disk, data in world.contents.items():
+        healed = read_back(place, disk, place.folder / "reference")
+        ended, out = restored(place, disk, place.folder / "out")
+        assert (ended.code == 0) == (healed is not None), ended
+        assert healed in (None, data) and (ended.code != 0 or out == data)
+        if disk not in losses and not any(world.sets[name] == disk[0] for name in gone):
+            assert ended.code == 0
+    if row.cost in ("record", "two records", "pack", "rest") and row.damage != "replayed":
+        newest = (world.sets["third"], "alpha.img")
+        assert place.imager("verify", ":".join(newest)).code == 0, "the next backup had all of it but a block"
 
 
 def test_a_repaired_index_is_whole(world: World, copy: Copy) -> None:
