@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from imager import __version__, _native
 from imager._native import DATA, ZERO, Slots
@@ -30,6 +30,7 @@ from imager.engine.backup_plan import (
 )
 from imager.engine.imaging import Figures, Imaged, Imaging, Settings, read_failed
 from imager.engine.source import Opened, SourcePlan, open_source
+from imager.errors import ImagerError
 from imager.events import Reporter
 from imager.extents import Extents
 from imager.repository import imageset, index, missing
@@ -126,6 +127,7 @@ class _Lane:
     imaging: Imaging | None = None
     imaged: Imaged | None = None
     error: BaseException | None = None
+    done: threading.Event = field(default_factory=threading.Event)
 
 
 def execute(repository: Repository, plan: BackupPlan, reporter: Reporter) -> BackupSummary:
@@ -298,17 +300,7 @@ def _run(
     if len(lanes) == 1:
         _image(lanes[0])
     else:
-        threads = [
-            threading.Thread(target=_image_caught, args=(lane, known), name=lane.source.disk)
-            for lane in lanes
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        for lane in lanes:
-            if lane.error is not None:
-                raise lane.error
+        _image_all(lanes)
     reporter.end()
     images: list[Image] = []
     roots = []
@@ -393,11 +385,50 @@ def _image(lane: _Lane) -> None:
     lane.imaged = lane.imaging.read(lane.opened, lane.wanted, lane.elsewhere)
 
 
-def _image_caught(lane: _Lane, known: _native.Known) -> None:
+def _image_all(lanes: list[_Lane]) -> None:
+    """Image all lanes at once. None works any longer when this ends: their files are closed after it."""
+    begun: list[_Lane] = []
+    try:
+        for lane in lanes:
+            thread = threading.Thread(target=_image_caught, args=(lane, lanes), name=lane.source.disk)
+            begun.append(lane)
+            try:
+                thread.start()
+            except RuntimeError:  # no thread to be had
+                begun.pop()
+                raise
+        for lane in lanes:
+            lane.done.wait()
+    except BaseException:
+        _stop(lanes)
+        for lane in begun:
+            # Not by Thread.join: interrupted, that takes a running thread for ended (Python 3.11).
+            while not lane.done.is_set():
+                try:
+                    lane.done.wait()
+                except KeyboardInterrupt:
+                    continue  # It ends with the segment that is being read.
+        raise
+    errors = [lane.error for lane in lanes if lane.error is not None]
+    if errors:
+        # Others fail for its sake: they were stopped, or waited for a block that it did not store.
+        raise next((error for error in errors if isinstance(error, ImagerError)), errors[0])
+
+
+def _image_caught(lane: _Lane, lanes: list[_Lane]) -> None:
     try:
         _image(lane)
     except BaseException as error:
         lane.error = error
+        _stop(lanes)
+    finally:
+        lane.done.set()
+
+
+def _stop(lanes: list[_Lane]) -> None:
+    for lane in lanes:
+        if lane.imaging is not None:
+            lane.imaging.stopped = True
 
 
 def _identity(source: SourcePlan) -> dict[str, object]:

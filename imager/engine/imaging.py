@@ -66,8 +66,12 @@ class Settings:
     skip_errors: bool
 
 
+class Stopped(Exception):
+    """`Imaging.stopped` was set: whoever set it knows why."""
+
+
 class Imaging:
-    """One source on its way into the repository."""
+    """One source on its way into the repository. Set `stopped` from any thread to end it soon."""
 
     def __init__(
         self,
@@ -89,6 +93,7 @@ class Imaging:
         self._lost: list[tuple[int, int]] = []
         self._warned = False
         self._open_leaf: Leaf | None = None
+        self.stopped = False
         self.figures = Figures()
 
     # --- files and devices -------------------------------------------------------------
@@ -232,6 +237,8 @@ class Imaging:
         source: Opened | None,
         offset: int = 0,
     ) -> Slots:
+        if self.stopped:
+            raise Stopped
         if self._pack is None:
             self._pack = self._session.new_data_pack()
         settings = self._settings

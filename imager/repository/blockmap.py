@@ -255,8 +255,10 @@ def _differing(a: MapReader, b: MapReader, blocks: int) -> Iterator[tuple[int, i
 
 @dataclass(slots=True)
 class Leaf:
-    """A leaf that is worked on. `page`, `old`: what the base has; `known`: nothing in it is UNKNOWN;
-    `harmed`: for the base has lost it, or records that it refers to."""
+    """A leaf that is worked on. `page`, `old`: what the base has; `known`: nothing in it is UNKNOWN.
+
+    `harmed`: the base has lost the page, or records that it refers to.
+    """
 
     index: int
     page: Page | int | None

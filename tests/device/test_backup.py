@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import random
+import time
 from pathlib import Path
 
 import pytest
 
 from imager.device.loop import attach
+from imager.errors import SourceError
 from imager.events import Silent
 from tests.workbench import Workbench, json_map, state_in
 
@@ -73,3 +75,24 @@ def test_a_device_that_changes(tmp_path: Path, block_size: int, sector: int) -> 
         for set_, content in kept.items():
             place.gives(set_, {disk: content})
         place.is_whole(kept)
+
+
+def test_one_source_that_fails_ends_them_all(tmp_path: Path) -> None:
+    """The error is that of the source that failed, wherever it stands; no set is made."""
+    with state_in(tmp_path / "state"):
+        place = Workbench(tmp_path, block_size=4096)
+        good, bad = tmp_path / "good", tmp_path / "bad"
+        data = random.Random(1).randbytes(8 * MIB)
+        good.write_bytes(data * 64)
+        bad.write_bytes(data)
+        place.backup(bad, name="before")
+        with attach(bad, direct_io=True) as device:
+            os.truncate(bad, 4 * MIB)
+            for sources in ((good, device.path), (device.path, good)):
+                begun = time.monotonic()
+                with pytest.raises(SourceError, match="cannot be read at byte|ended early"):
+                    place.backup(*sources, name="d")
+                assert time.monotonic() - begun < 30
+                with place.open() as repository:
+                    assert len(repository.storage.list_names("sets/")) == 1
+        place.is_whole()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import time
 from collections import Counter
@@ -365,6 +366,27 @@ def test_two_backups_at_once(tmp_path: Path, lineages: tuple[str, str], encrypti
     for set_, content in wanted.items():
         place.gives(set_, {"image": content}, reference=encryption == "none")
     place.is_whole(wanted)
+
+
+def test_an_interrupted_backup_of_two_sources(tmp_path: Path) -> None:
+    """Both lanes end before what they write to is closed; nothing is left that counts."""
+    place = Workbench(tmp_path)
+    images = [tmp_path / "a.img", tmp_path / "b.img"]
+    for number, path in enumerate(images):
+        path.write_bytes(b"".join(b"%d text %d\n" % (number, line) for line in range(1_000_000)))
+    arguments = imager("-r", place.root, "backup", *images, "--name", "d", "--compression", "zstd:19")
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not list((place.root / "sessions").iterdir()) and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert not list((place.root / "sets").iterdir())
+    one = place.backup(*images, name="d")
+    place.gives(one.set, {path.name: path for path in images}, reference=False)
+    place.is_whole([one.set])
 
 
 # --- what it costs ---------------------------------------------------------------------------------------
