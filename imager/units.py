@@ -17,12 +17,12 @@ GIB = 1 << 30
 TIB = 1 << 40
 
 _SUFFIXES = {"": 1, "K": KIB, "M": MIB, "G": GIB, "T": TIB, "P": 1 << 50}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGTP]?)(?:i?B)?", re.IGNORECASE)
+_SIZE = r"(\d+(?:\.\d+)?)\s*([KMGTP]?)(?:i?B)?"
 
 
 def parse_size(text: str) -> int:
     """Bytes of `64K`, `1.5GiB`, `4096`. Raises `UsageError`."""
-    match = _SIZE.fullmatch(text.strip())
+    match = re.fullmatch(_SIZE, text.strip(), re.IGNORECASE)
     if not match:
         raise UsageError(f"not a size: {text!r}", hint="write it like 64KiB, 1.5G or 4096")
     return int(float(match[1]) * _SUFFIXES[match[2].upper()])

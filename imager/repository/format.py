@@ -36,7 +36,7 @@ MAX_JSON = 64 << 20
 MAX_SMALL_JSON = 1 << 20
 "Bound of config, slots, epochs and sessions, far above what any of them needs."
 
-_NUMBERED = re.compile(r"[a-z]+/([0-9a-f]{8})")
+_NUMBERED = r"[a-z]+/([0-9a-f]{8})"
 
 SET_MAGIC, ABORT_MAGIC = b"IMGRSET1", b"IMGRABRT"
 SEALED, PLAIN = "sealed", "none"
@@ -218,7 +218,7 @@ def is_pack_name(text: str) -> bool:
 
 def numbered(names: list[str]) -> list[int]:
     """The numbers in names of 8 hexadecimal digits (epochs, condemned); other names are skipped."""
-    found = (_NUMBERED.fullmatch(name) for name in names)
+    found = (re.fullmatch(_NUMBERED, name) for name in names)
     return [int(match[1], 16) for match in found if match]
 
 

@@ -50,7 +50,7 @@ __all__ = [
 ]  # fmt: skip
 
 _TIME = r"(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d)(:\d\d)?(\.\d{1,6})?)?(Z|[+-]\d\d:?\d\d)?"
-_SELECTOR = re.compile(rf"(?P<set>[^@:]+(?:@(?:{_TIME}|[^:]*))?)(?::(?P<disk>[^:]+)(?::(?P<part>\d+))?)?")
+_SELECTOR = rf"(?P<set>[^@:]+(?:@(?:{_TIME}|[^:]*))?)(?::(?P<disk>[^:]+)(?::(?P<part>\d+))?)?"
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _UNITS = {False: timedelta(days=1), True: timedelta(minutes=1)}
 _HEX = frozenset("0123456789abcdef")
@@ -226,7 +226,7 @@ def chain_problems(listing: Listing) -> list[tuple[str, str]]:
 
 def split_selector(text: str) -> Selector:
     """Take `SET`, `SET:DISK` or `SET:DISK:N` apart; SET may be `NAME@TIME`. Raises `UsageError`."""
-    match = _SELECTOR.fullmatch(text)
+    match = re.fullmatch(_SELECTOR, text)
     if match is None:
         raise UsageError(
             f"not an image set: {text!r}", hint="write ID, NAME, NAME@TIME or latest, then :DISK or :DISK:N"
