@@ -219,7 +219,7 @@ class Gather:
     stored: int
     "bytes of all records"
     def slice_end(self, start: int, max_blocks: int) -> int:
-        """End of a slice of records from `start` that fills `max_blocks` blocks at most, one record at least."""
+        """End of a slice of records from `start`: `max_blocks` blocks at most, one record at least."""
     def packs(self, start: int, end: int) -> list[int]: ...
 
 class Failure:
