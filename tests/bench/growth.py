@@ -44,7 +44,6 @@ class Cost:
     objects: int = 0
     blocks_read: int | None = None
     named_blocks: int = 0
-    storage_reads: int | None = None
 
     @property
     def time(self) -> measure.Spread:
@@ -81,7 +80,6 @@ def incremental(folder: Path, image: Path, cost: Cost, piece: int) -> None:
             cost.objects = _objects(tool.store) - objects_before
             said = summary(done.output)
             cost.blocks_read = _number(said, "blocks_read")
-            cost.storage_reads = _number(said, "storage_reads")
             measure.run(tool.command("restore"), tool.env)
             rounds.check(tool, image)
         finally:
@@ -106,14 +104,14 @@ def rows(costs: list[Cost]) -> tuple[list[list[str]], list[str]]:
     shown: list[list[str]] = []
     for cost in costs:
         cells = [f"{cost.gib} GiB", str(cost.time), f"{cost.time.median / first.time.median:.2f}x"]
-        for name in ("stored", "objects", "blocks_read", "storage_reads"):
+        for name in ("stored", "objects", "blocks_read"):
             value, smallest = getattr(cost, name), getattr(first, name)
             if value is None or not smallest:
                 cells += ["-" if value is None else str(value), ""]
                 continue
             ratio = value / smallest
             cells += [str(value), f"{ratio:.2f}x"]
-            if name != "storage_reads" and ratio > ALLOWED:
+            if ratio > ALLOWED:
                 grew.append(f"{name} at {cost.gib} GiB: {ratio:.2f}x of that at {first.gib} GiB")
         shown.append(cells)
     return shown, grew
@@ -163,8 +161,6 @@ def main() -> int:
         "objects",
         "",
         "blocks read",
-        "",
-        "storage reads",
         "",
     ]
     print(report.table(header, shown, options.markdown))

@@ -26,9 +26,9 @@ import sparse
 import targets
 from limits import Limits
 from measure import Failed
-from peer_tools import TOOLS, Borg
+from peer_tools import TOOLS
 from rounds import Result, play
-from tools import Place, Tool
+from tools import Imager, Place, Tool
 
 
 def say(line: str) -> None:
@@ -43,7 +43,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default=names, help=f"which tools, by name (default: {names})")
     parser.add_argument("--dir", type=Path, default=Path("/dev/shm"), help="the storage to measure in")
-    parser.add_argument("--borg-mode", default=Borg.mode, help="borg's encryption")
+    parser.add_argument(
+        "--unlock", choices=("keyfile", "passphrase"), default=Imager.unlock, help="imager's key"
+    )
     parser.add_argument("--no-sparse", action="store_true", help="leave out the sparse 1 TiB image")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
@@ -97,8 +99,7 @@ def measured(
 def main() -> int:
     """Measure, print, and say whether all of it worked."""
     options = arguments()
-    Borg.mode = options.borg_mode
-    Borg.says = f"{Borg.mode}, lz4, fixed 64 KiB, --sparse, --files-cache disabled"
+    Imager.unlock = options.unlock
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     tools = chosen(options.only.split(","))
     folder = Path(tempfile.mkdtemp(prefix="imager-bench-", dir=options.dir))

@@ -109,4 +109,4 @@ def machine() -> dict[str, object]:
 
 def versions(names: Sequence[str]) -> dict[str, str]:
     """Each tool's version and how it was run."""
-    return {tool.name: f"{tool.version()}: {tool.says}" for tool in TOOLS if tool.name in names}
+    return {tool.name: f"{tool.version()}: {tool.describe()}" for tool in TOOLS if tool.name in names}

@@ -43,6 +43,11 @@ class Tool(ABC):
     says: str = ""
     partition_only = False
 
+    @classmethod
+    def describe(cls) -> str:
+        """How it is run, in words."""
+        return cls.says
+
     def __init__(self, place: Place) -> None:
         self.place = place
         self.store = place.folder / "store"
@@ -88,11 +93,20 @@ class Tool(ABC):
 
 
 class Imager(Tool):
-    """This project: encrypted with a passphrase, lz4, 64 KiB, restore with read-back."""
+    """This project: encrypted, lz4, 64 KiB, restore with read-back.
+
+    `unlock` is how the repository is opened: with a keyfile, as an unattended run does, or
+    with a passphrase, whose key derivation (Argon2id, 64 MiB) adds its time to every job.
+    """
 
     name = "imager"
     program = "imager"
-    says = "passphrase, lz4, 64 KiB; restore reads back"
+    unlock = "keyfile"
+
+    @classmethod
+    def describe(cls) -> str:
+        """Its options in words."""
+        return f"encrypted ({cls.unlock}), lz4, 64 KiB; restore reads back"
 
     @classmethod
     def base_command(cls) -> list[str]:
@@ -124,12 +138,16 @@ class Imager(Tool):
 
     @property
     def env(self) -> dict[str, str]:
-        """The passphrase."""
-        return {"IMAGER_PASSPHRASE": PASSPHRASE}
+        """The secret; and compiled modules are kept, as they are where a tool is installed."""
+        secret = {"IMAGER_PASSPHRASE": PASSPHRASE}
+        if self.unlock == "keyfile":
+            secret = {"IMAGER_KEYFILE": str(self.place.folder / "keyfile")}
+        state = {"IMAGER_STATE_DIR": str(self.place.folder / "state")}
+        return {**secret, **state, "PYTHONDONTWRITEBYTECODE": ""}
 
     def prepare(self) -> None:
         """An encrypted repository."""
-        measure.run([*self.base_command(), "init", str(self.store), "--encryption", "passphrase"], self.env)
+        measure.run([*self.base_command(), "init", str(self.store), "--encryption", self.unlock], self.env)
 
     def command(self, job: str) -> list[str]:
         """As the README tells people to do it."""
@@ -145,11 +163,15 @@ class Imager(Tool):
 
 
 def summary(output: str) -> dict[str, object]:
-    """The last line that a job of imager prints with --json."""
+    """The last line that a job of imager prints with --json; counts of blocks summed over its images."""
     found: dict[str, object] = {}
     for line in output.splitlines():
         if line.startswith("{"):
             message = json.loads(line)
             if isinstance(message, dict) and message.get("message_type") == "summary":
                 found = message
+    images = found.get("images")
+    if isinstance(images, list) and images:
+        for name in ("blocks_read", "blocks_changed", "blocks_new"):
+            found[name] = sum(image[name] for image in images)
     return found
