@@ -141,8 +141,16 @@ class Session:
             SessionObject(self.id, repository.config.repository, now(), epoch, host, os.getpid(), generation)
         )
         self._publisher = _Publisher()
+
+        def announce() -> None:
+            try:
+                repository.storage.sweep()  # or writers that are killed again and again would fill the disk
+            except StorageError:
+                pass  # Tidying up is no condition of a backup; what really is wrong, the next call tells.
+            repository.storage.create(SESSIONS + self.id, announcement)
+
         # In the background, like all that follows; being first, it is durable before any pack has a name.
-        self._publisher.add(lambda: repository.storage.create(SESSIONS + self.id, announcement))
+        self._publisher.add(announce)
 
     @classmethod
     def begin(cls, repository: Repository, *, host: str | None = None) -> Session:

@@ -19,12 +19,24 @@ from pathlib import Path
 import pytest
 
 from imager.cli import main
+from imager.storage.folder import FolderStorage
 from tests.damage.workshop import MIB, Place, restored
 
 KILLS = int(os.environ.get("IMAGER_KILLS", "200"))
 
 
-def child(arguments: list[str], environment: dict[str, str]) -> int:
+def name_staged_files() -> None:
+    """Take the way of filesystems that have no files without names."""
+    make = FolderStorage.__init__
+
+    def init(self: FolderStorage, root: str) -> None:
+        make(self, root)
+        self._nameless = False
+
+    FolderStorage.__init__ = init  # type: ignore[method-assign]
+
+
+def child(arguments: list[str], environment: dict[str, str], named: bool) -> int:
     """Run the command in a forked child, as the console script does: its process id."""
     pid = os.fork()
     if pid:
@@ -34,6 +46,8 @@ def child(arguments: list[str], environment: dict[str, str]) -> int:
         for fd in (0, 1, 2):
             os.dup2(quiet, fd)
         os.environ.update(environment)
+        if named:
+            name_staged_files()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.argv = ["imager", *arguments]
         main.main()
@@ -44,9 +58,16 @@ def child(arguments: list[str], environment: dict[str, str]) -> int:
     os._exit(97)
 
 
-def run(arguments: list[str], environment: dict[str, str], after: float | None, number: int) -> int:
+def run(
+    arguments: list[str],
+    environment: dict[str, str],
+    after: float | None,
+    number: int,
+    *,
+    named: bool = False,
+) -> int:
     """Run the command, send it a signal after so many seconds; how it ended (negative: by a signal)."""
-    pid = child(arguments, environment)
+    pid = child(arguments, environment, named)
     if after is not None:
         time.sleep(after)
         os.kill(pid, number)
@@ -101,7 +122,7 @@ def test_a_killed_backup_harms_nothing(place: Place) -> None:
 
     def arguments() -> list[str]:
         change(source, chance)
-        return ["-r", str(place.root), "backup", str(source), "--name", "disk"]
+        return ["-q", "-r", str(place.root), "backup", str(source), "--name", "disk"]
 
     longest = span(arguments, place.environment()) * 1.1
     sets = {path.name for path in place.files("sets")}
@@ -132,6 +153,29 @@ def test_a_killed_backup_harms_nothing(place: Place) -> None:
     assert restored(place, ("disk", "disk"), place.folder / "out")[1] == source.read_bytes()
 
 
+def test_staged_files_with_names_do_not_pile_up(place: Place) -> None:
+    """A killed writer's file stays; the next writer removes it, for nobody holds its lock any more."""
+    chance = random.Random(4)
+    source = place.folder / "disk"
+
+    def arguments() -> list[str]:
+        change(source, chance)
+        return ["-q", "-r", str(place.root), "backup", str(source), "--name", "disk"]
+
+    longest = span(arguments, place.environment())
+    killed, most = 0, 0
+    for _ in range(40):
+        after = chance.uniform(0.2, 1) * longest
+        killed += run(arguments(), place.environment(), after, signal.SIGKILL, named=True) != 0
+        most = max(most, litter(place))
+    assert killed > 5 and 0 < most <= 4, (killed, most)
+    check = place.imager("check", "--read-data")
+    assert (check.code, check.summary["problems"]) == (0, [])
+    assert place.imager("backup", source, "--name", "disk").code == 0
+    assert litter(place) == 0
+    assert restored(place, ("disk", "disk"), place.folder / "out")[1] == source.read_bytes()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_backup_that_is_asked_to_stop(place: Place, number: signal.Signals) -> None:
     chance = random.Random(2)
@@ -139,7 +183,7 @@ def test_a_backup_that_is_asked_to_stop(place: Place, number: signal.Signals) ->
 
     def arguments() -> list[str]:
         change(source, chance)
-        return ["-r", str(place.root), "backup", str(source), "--name", "disk"]
+        return ["-q", "-r", str(place.root), "backup", str(source), "--name", "disk"]
 
     longest = span(arguments, place.environment())
     stopped = 0
@@ -186,7 +230,7 @@ def test_a_killed_restore_goes_on(place: Place) -> None:
 
     def arguments() -> list[str]:
         out.unlink(missing_ok=True)
-        return ["-r", str(place.root), "restore", "disk", str(out)]
+        return ["-q", "-r", str(place.root), "restore", "disk", str(out)]
 
     longest = span(arguments, place.environment())
     interrupted = 0
