@@ -109,7 +109,8 @@ impl Segment {
         let pages = entries.div_ceil(PER_PAGE as u64);
         let names = (count * 32 + 8).next_multiple_of(PAGE);
         let size = fd.size()?;
-        if pages_at != (PAGE + names) as u64
+        if size > u64::from(u32::MAX)
+            || pages_at != (PAGE + names) as u64
             || pages.checked_mul(PAGE as u64).and_then(|n| n.checked_add(pages_at)) != Some(size)
         {
             return damaged("index segment is cut off, or longer than it says");

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import struct
+import subprocess
+import sys
 import tempfile
 from typing import Any
 
@@ -441,3 +443,21 @@ def test_the_small_ones_of_wrong_lengths(world: World, copy: Copy) -> None:
         with pytest.raises(REFUSALS):
             call()
     assert len(vault.block_id(b"")) == len(_native.blake3_derive("x", b"")) == 32
+
+
+@pytest.mark.parametrize("count", [2**40, 2**60, 2**64 - 1])
+def test_more_slots_than_memory(count: int) -> None:
+    """In a process of its own: an allocator that fails would end it."""
+    code = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_AS, (1 << 32, 1 << 32))
+from imager._native import Slots
+for call in (lambda: Slots({count}), lambda: Slots(1).resize({count}, 0)):
+    try:
+        call()
+    except MemoryError:
+        continue
+    raise SystemExit("no error")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,6 +1,6 @@
 //! Pieces of a block map.
 
-use pyo3::exceptions::{PyIndexError, PyValueError};
+use pyo3::exceptions::{PyIndexError, PyMemoryError, PyValueError};
 use pyo3::prelude::*;
 
 use crate::slots::{self, Place, Slot, DATA};
@@ -15,6 +15,11 @@ fn out_of_range() -> PyErr {
     PyIndexError::new_err("slots out of range")
 }
 
+/// Room for `more` slots, or an exception: the allocator's own way of failing ends the process.
+fn reserve(slots: &mut Vec<Slot>, more: usize) -> PyResult<()> {
+    slots.try_reserve_exact(more).map_err(|_| PyMemoryError::new_err("too many slots"))
+}
+
 #[pymethods]
 impl Slots {
     #[new]
@@ -23,7 +28,10 @@ impl Slots {
         if kind == DATA {
             return Err(PyValueError::new_err("data slots need an id"));
         }
-        Ok(Self(vec![Slot::plain(kind); count]))
+        let mut slots = Vec::new();
+        reserve(&mut slots, count)?;
+        slots.resize(count, Slot::plain(kind));
+        Ok(Self(slots))
     }
 
     fn __len__(&self) -> usize {
@@ -65,8 +73,11 @@ impl Slots {
         self.0.extend_from_slice(&other.0);
     }
 
-    fn resize(&mut self, count: usize, kind: u8) {
+    fn resize(&mut self, count: usize, kind: u8) -> PyResult<()> {
+        let more = count.saturating_sub(self.0.len());
+        reserve(&mut self.0, more)?;
         self.0.resize(count, Slot::plain(kind));
+        Ok(())
     }
 
     fn set_data(&mut self, at: usize, id_: &[u8], pack: u32, offset: u32, length: u32) -> PyResult<()> {
