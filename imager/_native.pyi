@@ -153,9 +153,12 @@ class Known:
     """Entries that no segment holds yet."""
     damaged_pages: int
     def segment(self, repository: bytes) -> bytes | None:
-        """All pending entries as an index segment's bytes (every pack must have its name); forgets them.
+        """The pending entries whose packs have names, as an index segment's bytes.
 
-        The caller stores the segment under B3("imager index v1" + bytes) and loads it."""
+        The caller stores it under B3("imager index v1" + bytes); then they are pending no more.
+        They are found until `forget`, which comes once the segment is loaded."""
+    def forget(self) -> None:
+        """Free the memory of what segments were made of."""
 
 # --- work ------------------------------------------------------------------------------
 

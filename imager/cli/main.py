@@ -139,7 +139,14 @@ def main() -> NoReturn:
         code = run(sys.argv[1:])
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
-    sys.exit(code)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except (BrokenPipeError, ValueError):
+        code = code or EXIT_FAILED
+    # A thread may still sit in native code (a key derivation, say); to wind the interpreter up
+    # under it would abort the process. All that has to be durable is, so there is nothing to wind up.
+    os._exit(code)
 
 
 if __name__ == "__main__":

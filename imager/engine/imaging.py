@@ -25,7 +25,9 @@ from imager.repository.manifest import Root
 from imager.repository.session import Session, writing_failed
 
 SEGMENT = 64 << 20
-"Bytes that one native call handles."
+"Bytes that one native call handles: so long an interruption waits."
+_SLOW_SEGMENT = 8 << 20
+"The same where compression takes its time."
 _STREAM = 32 << 20
 _MAX_PENDING = 2048
 _MAX_LEAVES = 1024
@@ -64,6 +66,11 @@ class Settings:
     level: int
     threads: int
     skip_errors: bool
+
+    @property
+    def segment(self) -> int:
+        """Bytes that one native call handles."""
+        return _SLOW_SEGMENT if self.codec == 2 and self.level > 3 else SEGMENT
 
 
 class Stopped(Exception):
@@ -120,7 +127,7 @@ class Imaging:
                 ranges = [(number * PAGE_SLOTS, number * PAGE_SLOTS + len(leaf.slots))]
             batch.append((leaf, ranges))
             blocks += sum(end - start for start, end in ranges)
-            if blocks * self._settings.block_size >= SEGMENT or len(batch) >= _MAX_LEAVES:
+            if blocks * self._settings.block_size >= self._settings.segment or len(batch) >= _MAX_LEAVES:
                 self._scan(batch, source, elsewhere)
                 batch, blocks = [], 0
         if batch:
@@ -134,7 +141,7 @@ class Imaging:
         self, batch: list[tuple[Leaf, list[tuple[int, int]]]], source: Opened, elsewhere: int | None
     ) -> None:
         """Read what a batch of leaves needs, in calls of about `SEGMENT` bytes, then put the leaves."""
-        most = max(1, SEGMENT // self._settings.block_size)
+        most = max(1, self._settings.segment // self._settings.block_size)
         ranges: list[tuple[int, int]] = []
         base = Slots()
         parts: list[tuple[Leaf, int, int, int]] = []

@@ -74,8 +74,8 @@ def segment_name(data: bytes) -> str:
 def write_segment(session: Session, known: _native.Known, *, reload: bool = False) -> str | None:
     """Hand the pending entries to the session as a segment: its object name, None where nothing is pending.
 
-    The entries are forgotten unless `reload`, which waits until the segment is
-    durable and maps it. Every pack that is named must have been sealed.
+    `reload` frees their memory: it waits until the segment is durable, and
+    searches that instead. Every pack that is named must have been sealed.
     Raises `StorageError`.
     """
     data = known.segment(session.repository.id)
@@ -86,6 +86,7 @@ def write_segment(session: Session, known: _native.Known, *, reload: bool = Fals
     if reload:
         session.drain()
         load_one(session.repository, known, name)
+        known.forget()
     return name
 
 
@@ -107,6 +108,7 @@ def rebuild(repository: Repository, reporter: Reporter) -> tuple[list[str], list
             if name not in old and not storage.exists(name):
                 storage.create(name, data)
             made.append(name)
+            known.forget()
 
     names = sorted(repository.pack_names(KIND_DATA))
     reporter.phase("rebuilding the index", None)

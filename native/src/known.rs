@@ -36,7 +36,11 @@ impl Hasher for Prefix {
 
 enum State {
     Claimed,
-    Stored(Place),
+    /// `handed`: a segment that holds it was made, and is to be loaded.
+    Stored {
+        place: Place,
+        handed: bool,
+    },
 }
 
 #[derive(Default)]
@@ -96,7 +100,7 @@ impl Known {
     pub fn find(&self, id: &Id) -> Option<Place> {
         let key = key_of(id);
         let shard = self.shard(&key);
-        if let Some(State::Stored(place)) = shard.map.lock().unwrap_or_else(PoisonError::into_inner).get(&key) {
+        if let Some(State::Stored { place, .. }) = shard.map.lock().unwrap_or_else(PoisonError::into_inner).get(&key) {
             return Some(*place);
         }
         self.in_segments(&key)
@@ -116,7 +120,7 @@ impl Known {
         let key = key_of(id);
         let shard = self.shard(&key);
         match shard.map.lock().unwrap_or_else(PoisonError::into_inner).get(&key) {
-            Some(State::Stored(place)) => return Claim::Found(*place),
+            Some(State::Stored { place, .. }) => return Claim::Found(*place),
             Some(State::Claimed) => return Claim::Busy,
             None => {}
         }
@@ -125,7 +129,7 @@ impl Known {
         }
         match shard.map.lock().unwrap_or_else(PoisonError::into_inner).entry(key) {
             Entry::Occupied(entry) => match entry.get() {
-                State::Stored(place) => Claim::Found(*place),
+                State::Stored { place, .. } => Claim::Found(*place),
                 State::Claimed => Claim::Busy,
             },
             Entry::Vacant(entry) => {
@@ -139,7 +143,7 @@ impl Known {
     pub fn publish(&self, id: &Id, place: Place) {
         let key = key_of(id);
         let shard = self.shard(&key);
-        shard.map.lock().unwrap_or_else(PoisonError::into_inner).insert(key, State::Stored(place));
+        shard.map.lock().unwrap_or_else(PoisonError::into_inner).insert(key, State::Stored { place, handed: false });
         self.pending.fetch_add(1, Ordering::Relaxed);
         shard.published.notify_all();
     }
@@ -151,7 +155,7 @@ impl Known {
         let mut map = shard.map.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
             match map.get(&key) {
-                Some(State::Stored(place)) => return Ok(*place),
+                Some(State::Stored { place, .. }) => return Ok(*place),
                 Some(State::Claimed) if !self.failed.load(Ordering::Relaxed) => {
                     // The timeout only bounds how late a failure elsewhere is noticed.
                     map = shard
@@ -160,7 +164,12 @@ impl Known {
                         .unwrap_or_else(PoisonError::into_inner)
                         .0;
                 }
-                _ => return invalid("another worker failed while storing the same content"),
+                Some(State::Claimed) => return invalid("another worker failed while storing the same content"),
+                None => {
+                    // It went from the map to a segment meanwhile.
+                    let found = self.in_segments(&key);
+                    return found.map_or_else(|| invalid("a content that was claimed was never stored"), Ok);
+                }
             }
         }
     }
@@ -181,25 +190,35 @@ impl Known {
         segments.iter().map(|(segment, _)| segment.damaged.load(Ordering::Relaxed)).sum()
     }
 
-    /// Take the entries whose packs are finished out, as a segment's bytes. None if there are none.
+    /// The entries whose packs are finished, as a segment's bytes. None if there are none.
+    /// They are still found until `forget`, which comes after the segment was loaded.
     pub fn segment(&self, repository: &[u8; 16]) -> Result<Option<Vec<u8>>> {
         let mut entries = Vec::with_capacity(self.pending());
         for shard in &self.shards {
             let mut map = shard.map.lock().unwrap_or_else(PoisonError::into_inner);
-            map.retain(|key, state| match state {
-                State::Stored(place) if self.names.name(place.pack).is_some() => {
-                    entries.push((*key, *place));
-                    false
+            for (key, state) in map.iter_mut() {
+                if let State::Stored { place, handed: handed @ false } = state {
+                    if self.names.name(place.pack).is_some() {
+                        entries.push((*key, *place));
+                        *handed = true;
+                    }
                 }
-                _ => true,
-            });
-            map.shrink_to_fit();
+            }
         }
         if entries.is_empty() {
             return Ok(None);
         }
         self.pending.fetch_sub(entries.len(), Ordering::Relaxed);
         build_from(repository, entries, |number| self.names.name(number)).map(Some)
+    }
+
+    /// Free the memory of the entries that segments were made of.
+    pub fn forget(&self) {
+        for shard in &self.shards {
+            let mut map = shard.map.lock().unwrap_or_else(PoisonError::into_inner);
+            map.retain(|_, state| !matches!(state, State::Stored { handed: true, .. }));
+            map.shrink_to_fit();
+        }
     }
 }
 
@@ -234,6 +253,25 @@ mod tests {
         });
         assert_eq!(stored.into_inner(), 500);
         assert_eq!(known.pending(), 500);
+    }
+
+    #[test]
+    fn what_was_handed_over_is_found_throughout() {
+        use std::io::Write as _;
+        let names: Arc<Names> = Arc::default();
+        let pack = names.intern(&[9; 32]);
+        let known = Known::new(names);
+        let place = Place { pack, offset: 5, length: 70 };
+        known.publish(&[1; 32], place);
+        let bytes = known.segment(&[7; 16]).expect("builds").expect("has an entry");
+        assert_eq!((known.pending(), known.find(&[1; 32])), (0, Some(place)));
+        assert!(known.segment(&[7; 16]).expect("builds").is_none());
+        let mut file = tempfile::tempfile().expect("file");
+        file.write_all(&bytes).expect("write");
+        known.load(file.into(), &[7; 16]).expect("loads");
+        known.forget();
+        assert_eq!(known.find(&[1; 32]), Some(place));
+        assert_eq!(known.wait(&[1; 32]).expect("stored"), place);
     }
 
     #[test]

@@ -123,7 +123,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sizes", default="1,4,16", help="in GiB")
     parser.add_argument(
-        "--piece", type=int, default=256 << 10, help="the change comes in pieces of so many bytes"
+        "--piece", type=int, default=1 << 20, help="the change comes in pieces of so many bytes"
     )
     parser.add_argument("--dir", type=Path, default=Path("/dev/shm"))
     parser.add_argument("--json", type=Path, metavar="FILE")

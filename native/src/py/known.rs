@@ -42,6 +42,10 @@ impl Known {
         Ok(self.0.find(&id(id_)?).map(|place| (place.pack, place.offset, place.length)))
     }
 
+    fn forget(&self) {
+        self.0.forget();
+    }
+
     #[getter]
     fn pending(&self) -> usize {
         self.0.pending()
