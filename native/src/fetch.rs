@@ -149,9 +149,11 @@ impl Worker {
             |index| job.gather.wants(index).first().map(|w| u64::from(w.place.offset) + u64::from(w.place.length));
         let length = records.clone().filter_map(stop).max().unwrap_or(start) - start;
         if length > (MAX_BLOCK + MAX_EXCESS + HEAD) as u64 {
-            for index in records {
-                self.fail(job, index, "its place has an impossible length");
+            if records.len() > 1 {
+                // One impossible place must not take its neighbours with it.
+                return records.into_iter().try_for_each(|index| self.task(job, index..index + 1));
             }
+            self.fail(job, records.start, "its place has an impossible length");
             return Ok(());
         }
         self.input.resize(length as usize, 0);

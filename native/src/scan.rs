@@ -14,6 +14,8 @@ use crate::slots::{push_range, Place, Slot, DATA, UNREADABLE, ZERO};
 use crate::source::{OnError, Source};
 use crate::workers;
 
+/// Most blocks of one scan; a caller takes a segment at a time, far fewer.
+const MAX_BLOCKS: usize = 1 << 26;
 /// Bytes that a worker takes at a time.
 const TASK: usize = 512 << 10;
 
@@ -137,6 +139,9 @@ fn check(job: &Job) -> Result<usize> {
         }
         last = end;
         total += (end - start) as usize;
+    }
+    if total > MAX_BLOCKS {
+        return invalid(format!("{total} blocks are too many for one scan"));
     }
     if job.base.is_some_and(|base| base.len() != total) {
         return invalid("the base has another number of slots than there are blocks to scan");

@@ -20,17 +20,22 @@ fn reserve(slots: &mut Vec<Slot>, more: usize) -> PyResult<()> {
     slots.try_reserve_exact(more).map_err(|_| PyMemoryError::new_err("too many slots"))
 }
 
+/// A slot of a type that needs no id.
+fn plain(kind: u8) -> PyResult<Slot> {
+    if kind == DATA {
+        return Err(PyValueError::new_err("data slots need an id"));
+    }
+    Ok(Slot::plain(kind))
+}
+
 #[pymethods]
 impl Slots {
     #[new]
     #[pyo3(signature = (count=0, kind=0))]
     fn new(count: usize, kind: u8) -> PyResult<Self> {
-        if kind == DATA {
-            return Err(PyValueError::new_err("data slots need an id"));
-        }
         let mut slots = Vec::new();
         reserve(&mut slots, count)?;
-        slots.resize(count, Slot::plain(kind));
+        slots.resize(count, plain(kind)?);
         Ok(Self(slots))
     }
 
@@ -65,7 +70,7 @@ impl Slots {
     }
 
     fn fill(&mut self, start: usize, end: usize, kind: u8) -> PyResult<()> {
-        self.0.get_mut(start..end).ok_or_else(out_of_range)?.fill(Slot::plain(kind));
+        self.0.get_mut(start..end).ok_or_else(out_of_range)?.fill(plain(kind)?);
         Ok(())
     }
 
@@ -76,7 +81,7 @@ impl Slots {
     fn resize(&mut self, count: usize, kind: u8) -> PyResult<()> {
         let more = count.saturating_sub(self.0.len());
         reserve(&mut self.0, more)?;
-        self.0.resize(count, Slot::plain(kind));
+        self.0.resize(count, plain(kind)?);
         Ok(())
     }
 
