@@ -15,11 +15,13 @@ from imager._native import DATA, ZERO
 from imager.engine.compare import Geometry
 from imager.engine.windows import Ranges, Window, windows
 from imager.errors import IntegrityError, UsageError
+from imager.events import Reporter
 from imager.extents import Extents
 from imager.repository import imageset
 from imager.repository.blockmap import MapReader
 from imager.repository.manifest import Manifest
 from imager.repository.repository import Repository
+from imager.repository.witness import Witness
 
 OnDamage = Callable[[int, int, str], None]
 """`on_damage(first, count, reason)`: these blocks' map page cannot be read."""
@@ -93,6 +95,13 @@ class Image:
             f" ({reason})",
             hint="imager verify names all that is damaged; choose another set, or: imager check --repair",
         )
+
+
+def tell_of_rollback(repository: Repository, reporter: Reporter) -> None:
+    """Warn where sets that this machine has seen are gone or replaced: the newest may not be the newest."""
+    heads, damaged = imageset.heads(repository)
+    for problem in Witness(repository.id).observe(heads, damaged=[item.id for item in damaged]):
+        reporter.warn(problem, hint="imager list shows what is there now; choose a set by what it holds")
 
 
 def select(repository: Repository, text: str, disk: str | None = None) -> list[Image]:

@@ -19,9 +19,10 @@ from imager.errors import ImagerError, SourceError
 from imager.events import Reporter
 from imager.extents import Extents
 from imager.repository import index
-from imager.repository.blockmap import Leaf, MapReader, MapWriter
+from imager.repository.blockmap import MapReader
 from imager.repository.format import PACK_TARGET, PAGE_SLOTS
 from imager.repository.manifest import Root
+from imager.repository.mapwriter import Leaf, MapWriter
 from imager.repository.session import Session, writing_failed
 
 SEGMENT = 64 << 20

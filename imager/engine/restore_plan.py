@@ -143,6 +143,7 @@ def plan(
     if target == "-":
         raise UsageError("standard output takes no plan: there is nothing to guard and nothing to read back")
     image = images.select_one(repository, text, options.disk)
+    images.tell_of_rollback(repository, reporter)
     storage = repository.storage
     verdict, journal, resuming = _examine(image, target, options, storage)
     verdict.require()

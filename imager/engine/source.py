@@ -10,7 +10,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from imager.device import blockio
 from imager.device.identity import Identity, identify
 from imager.errors import SourceError, UsageError
 from imager.repository.imageset import check_name
@@ -113,6 +112,8 @@ def open_source(source: SourcePlan) -> Opened:
             size = os.lseek(fd, 0, os.SEEK_END)
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
             return Opened(fd, source.path, size, False, 512)
+        from imager.device import blockio
+
         direct = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
         os.close(fd)
         fd = direct

@@ -95,6 +95,7 @@ def stream(
     """
     begun = time.monotonic()
     image = images.select_one(repository, text, disk)
+    images.tell_of_rollback(repository, reporter)
     size = image.geometry.size
     target = sys.stdout.fileno() if out is None else out
     reporter.phase("writing", size)

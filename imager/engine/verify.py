@@ -58,6 +58,7 @@ def verify(
     """
     begun = time.monotonic()
     chosen = images.select(repository, text)
+    images.tell_of_rollback(repository, reporter)
     if against is not None and len(chosen) != 1:
         names = ", ".join(image.disk for image in chosen)
         raise UsageError(

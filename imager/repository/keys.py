@@ -93,28 +93,17 @@ def new_secrets() -> Secrets:
 
 def public_key(seed: bytes) -> bytes:
     """The Ed25519 public key of a signing seed."""
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-    return Ed25519PrivateKey.from_private_bytes(seed).public_key().public_bytes_raw()
+    return _native.ed25519_public(seed)
 
 
 def sign(seed: bytes, message: bytes) -> bytes:
     """An Ed25519 signature, 64 bytes."""
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-    return Ed25519PrivateKey.from_private_bytes(seed).sign(message)
+    return _native.ed25519_sign(seed, message)
 
 
 def is_signed(public: bytes, signature: bytes, message: bytes) -> bool:
     """Whether the signature is that of the message by the key whose public part is given."""
-    from cryptography.exceptions import InvalidSignature
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-
-    try:
-        Ed25519PublicKey.from_public_bytes(public).verify(signature, message)
-    except (InvalidSignature, ValueError):
-        return False
-    return True
+    return _native.ed25519_verify(public, signature, message)
 
 
 # --- slots -------------------------------------------------------------------------
@@ -148,8 +137,6 @@ def new_slot(
     repository: bytes, secrets: Secrets, secret: Secret, *, role: str = "full", label: str = ""
 ) -> tuple[str, bytes]:
     """A slot that opens `secrets` with `secret`: (slot id, object). role `write` leaves the epochs out."""
-    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
     slot, salt, nonce = os.urandom(16), os.urandom(16).hex(), os.urandom(12)
     if secret.kind == "passphrase":
         kdf = Kdf("argon2id", salt, ARGON2_MEMORY_KIB, ARGON2_PASSES, ARGON2_LANES)
@@ -164,7 +151,7 @@ def new_slot(
         }
     )
     key = _key_of_slot(kdf, secret, "the new slot")
-    sealed = AESGCM(key).encrypt(nonce, payload, _slot_data(repository, slot, secret.kind, role))
+    sealed = _native.wrap(key, nonce, payload, _slot_data(repository, slot, secret.kind, role))
     body = Slot(slot.hex(), repository.hex(), secret.kind, role, label, now(), kdf, nonce.hex(), sealed.hex())
     return slot.hex(), canonical(body)
 
@@ -182,17 +169,13 @@ def parse_slot(raw: bytes, name: str, repository: bytes) -> Slot:
 
 def open_slot(slot: Slot, secret: Secret) -> Secrets | None:
     """The secrets in a slot; None where `secret` is not that of the slot. Raises `IntegrityError`."""
-    from cryptography.exceptions import InvalidTag
-    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
     what = f"key slot {slot.slot}"
     if slot.kind != secret.kind:
         return None
     data = _slot_data(unhex(slot.repository, 16, what), unhex(slot.slot, 16, what), slot.kind, slot.role)
     nonce, sealed = unhex(slot.nonce, 12, what), unhex(slot.sealed, None, what)
-    try:
-        payload = AESGCM(_key_of_slot(slot.kdf, secret, what)).decrypt(nonce, sealed, data)
-    except InvalidTag:
+    payload = _native.unwrap(_key_of_slot(slot.kdf, secret, what), nonce, sealed, data)
+    if payload is None:
         return None
     value = parse(payload, what)
     try:
@@ -254,9 +237,7 @@ class Unlocking:
 
 def epoch_public(private: bytes) -> bytes:
     """The X25519 public key of an epoch's private key."""
-    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-
-    return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
+    return _native.x25519_public(private)
 
 
 def new_epoch(repository: bytes, epoch: int, private: bytes, signing_seed: bytes) -> bytes:
@@ -299,24 +280,17 @@ def seal_session_key(
     key: bytes, *, cipher: int, epoch: int, public: bytes, session: bytes, repository: bytes
 ) -> bytes:
     """An envelope of 104 bytes that only the holder of the epoch's private key opens."""
-    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
-    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
-    private = X25519PrivateKey.generate()
-    ephemeral = private.public_key().public_bytes_raw()
-    shared = private.exchange(X25519PublicKey.from_public_bytes(public))
+    private = os.urandom(32)
+    ephemeral = _native.x25519_public(private)
+    shared = _native.x25519(private, public)
     head = bytes((cipher, 1, 0, 0)) + epoch.to_bytes(4, "little") + session + ephemeral
     wrap = _wrapping_key(shared, ephemeral, public, repository)
     # The nonce may be fixed: the wrapping key comes from a fresh ephemeral key and is used once.
-    return head + AESGCM(wrap).encrypt(_ZERO_NONCE, key, head)
+    return head + _native.wrap(wrap, _ZERO_NONCE, key, head)
 
 
 def open_envelope(envelope: bytes, secrets: Secrets, repository: bytes) -> tuple[int, bytes]:
     """(cipher, session key). Raises `WrongKey` where we lack the epoch's private key, `IntegrityError`."""
-    from cryptography.exceptions import InvalidTag
-    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
-    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
     damaged = "the envelope of a session key is damaged"
     if len(envelope) != ENVELOPE or envelope[1:4] != b"\1\0\0":
         raise IntegrityError(damaged)
@@ -333,14 +307,15 @@ def open_envelope(envelope: bytes, secrets: Secrets, repository: bytes) -> tuple
             f"this key does not have key epoch {epoch}", hint="use a key that was made, or renewed, after it"
         )
     ephemeral = envelope[24:56]
-    mine = X25519PrivateKey.from_private_bytes(private)
     try:
-        shared = mine.exchange(X25519PublicKey.from_public_bytes(ephemeral))
-        public = mine.public_key().public_bytes_raw()
-        wrap = _wrapping_key(shared, ephemeral, public, repository)
-        return cipher, AESGCM(wrap).decrypt(_ZERO_NONCE, envelope[56:], envelope[:56])
-    except (InvalidTag, ValueError) as error:
+        shared = _native.x25519(private, ephemeral)
+    except _native.DamagedError as error:
         raise IntegrityError(damaged) from error
+    wrap = _wrapping_key(shared, ephemeral, _native.x25519_public(private), repository)
+    key = _native.unwrap(wrap, _ZERO_NONCE, envelope[56:], envelope[:56])
+    if key is None:
+        raise IntegrityError(damaged)
+    return cipher, key
 
 
 def body_key(session_key: bytes) -> bytes:
@@ -350,20 +325,12 @@ def body_key(session_key: bytes) -> bytes:
 
 def seal_body(session_key: bytes, plain: bytes, data: bytes) -> bytes:
     """A manifest's body as stored: nonce, ciphertext, tag. `data`: the public part's bytes."""
-    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
     nonce = os.urandom(12)
-    return nonce + AESGCM(body_key(session_key)).encrypt(nonce, plain, data)
+    return nonce + _native.wrap(body_key(session_key), nonce, plain, data)
 
 
 def open_body(session_key: bytes, stored: bytes, data: bytes) -> bytes | None:
     """The body that `seal_body` sealed; None where it is not whole."""
-    from cryptography.exceptions import InvalidTag
-    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
     if len(stored) < 28:
         return None
-    try:
-        return AESGCM(body_key(session_key)).decrypt(stored[:12], stored[12:], data)
-    except InvalidTag:
-        return None
+    return _native.unwrap(body_key(session_key), stored[:12], stored[12:], data)

@@ -32,6 +32,7 @@ from imager.repository.format import (
     is_block_size,
     is_id,
     is_pack_name,
+    parse,
     shape,
 )
 
@@ -265,6 +266,7 @@ def decode(repository: Repository, set_id: str, raw: bytes) -> Manifest:
         )
     head = raw[_FRAME.size : _FRAME.size + _FRAME.unpack_from(raw)[1]]
     stored = raw[_FRAME.size + len(head) : -_SEAL]
+    parse(head, what, MAX_JSON)
     body = _decode_body(repository, public, head, stored, what)
     problem = _misfit(public, body)
     if problem:
@@ -303,11 +305,7 @@ def _decode_body(
         raise IntegrityError(f"{what} is damaged: {error}") from error
     if len(packed) > MAX_JSON or not inflate.eof or inflate.unused_data:
         raise IntegrityError(f"{what} is damaged: its body is too large, cut short, or followed by something")
-    try:
-        value = msgspec.json.decode(packed)
-    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
-        raise IntegrityError(f"{what} is damaged: {error}") from error
-    body = shape(value, Body, what)
+    body = shape(parse(packed, what, MAX_JSON), Body, what)
     if len(body.images) != len(public.roots):
         raise IntegrityError(f"{what} is damaged: it has {len(body.images)} disks, {len(public.roots)} maps")
     images = tuple(

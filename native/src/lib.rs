@@ -20,6 +20,7 @@ pub mod pack;
 pub mod page;
 pub mod record;
 pub mod scan;
+pub mod seal;
 pub mod slots;
 pub mod source;
 pub mod workers;

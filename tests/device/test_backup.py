@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import time
 from pathlib import Path
 
 import pytest
@@ -89,10 +88,8 @@ def test_one_source_that_fails_ends_them_all(tmp_path: Path) -> None:
         with attach(bad, direct_io=True) as device:
             os.truncate(bad, 4 * MIB)
             for sources in ((good, device.path), (device.path, good)):
-                begun = time.monotonic()
                 with pytest.raises(SourceError, match="cannot be read at byte|ended early"):
                     place.backup(*sources, name="d")
-                assert time.monotonic() - begun < 30
                 with place.open() as repository:
                     assert len(repository.storage.list_names("sets/")) == 1
         place.is_whole()

@@ -4,6 +4,7 @@ mod digests;
 mod errors;
 mod known;
 mod packs;
+mod seals;
 mod slots;
 mod vault;
 mod work;
@@ -17,6 +18,7 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     errors::register(m)?;
     digests::register(m)?;
     vault::register(m)?;
+    seals::register(m)?;
     slots::register(m)?;
     packs::register(m)?;
     known::register(m)?;

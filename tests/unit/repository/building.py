@@ -8,10 +8,11 @@ from pathlib import Path
 
 from imager import _native
 from imager.repository import imageset, index
-from imager.repository.blockmap import MapReader, MapWriter
+from imager.repository.blockmap import MapReader
 from imager.repository.credentials import Credentials
 from imager.repository.format import lineage_id, now
 from imager.repository.imageset import Manifest
+from imager.repository.mapwriter import MapWriter
 from imager.repository.repository import Repository
 from imager.repository.session import Session
 from imager.storage.folder import FolderStorage

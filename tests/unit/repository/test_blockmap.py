@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 
 from imager._native import DATA, UNKNOWN, UNREADABLE, UNUSED, ZERO, Slots
 from imager.extents import Extents
-from imager.repository.blockmap import DamagedPage, MapReader, MapWriter, Page, diff, slots_of, span
+from imager.repository.blockmap import DamagedPage, MapReader, Page, diff, slots_of, span
 from imager.repository.credentials import Credentials
 from imager.repository.format import KIND_MAP, pack_object
 from imager.repository.manifest import Image, root_level
+from imager.repository.mapwriter import MapWriter
 from imager.repository.repository import Repository
 from imager.repository.session import Session
 from imager.storage.folder import FolderStorage
