@@ -160,7 +160,13 @@ def _try_free(name: str, backing: int, sector: int, offset: int, limit: int, fla
     device = f"/dev/loop{index}"
     _ensure_node(device)
     mode = os.O_RDONLY if flags & loop_ioctl.READ_ONLY else os.O_RDWR
-    fd = os.open(device, mode | os.O_CLOEXEC)
+    try:
+        fd = os.open(device, mode | os.O_CLOEXEC)
+    except OSError as error:
+        # Free a moment ago, and now on its way out with whoever had it before.
+        if error.errno in (errno.EBUSY, errno.ENXIO, errno.ENODEV):
+            return None
+        raise
     try:
         loop_ioctl.configure(fd, backing, sector, loop_ioctl.info(offset, limit, flags, name))
         return LoopDevice(f"loop{index}", name, fd, loop_ioctl.status(fd))

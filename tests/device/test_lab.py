@@ -29,7 +29,8 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
 ]
-devices = pytest.mark.skipif(rig.without_devices() is not None, reason=str(rig.without_devices()))
+WITHOUT = rig.without_devices()
+devices = pytest.mark.skipif(WITHOUT is not None, reason=str(WITHOUT))
 
 
 class Meddler(Silent):
