@@ -91,6 +91,14 @@ class Extents:
         """What lies within `[0, size)`."""
         return self & Extents.whole(size)
 
+    def cut(self, size: int) -> Iterator[tuple[int, int]]:
+        """The ranges, cut where multiples of `size` lie within."""
+        for start, end in self.ranges:
+            while start < end:
+                stop = min(end, (start // size + 1) * size)
+                yield start, stop
+                start = stop
+
     def blocks(self, block_size: int) -> Extents:
         """The numbers of the blocks that are touched, as ranges of block numbers."""
         return Extents.of((start // block_size, -(-end // block_size)) for start, end in self.ranges)

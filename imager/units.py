@@ -63,7 +63,3 @@ def format_duration(seconds: float) -> str:
 def format_time(timestamp: float) -> str:
     """A moment in local time with its offset: `2026-11-22 13:40:20 +0000`."""
     return datetime.fromtimestamp(timestamp, timezone.utc).astimezone().strftime("%Y-%m-%d %H:%M:%S %z")
-
-
-def is_power_of_two(value: int) -> bool:
-    return value > 0 and value & (value - 1) == 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 from imager import _native
 from imager._native import Slots
@@ -45,14 +46,12 @@ class Figures:
     blocks_zero: int = 0
     bytes_read: int = 0
     bytes_stored: int = 0
-    pages_written: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Imaged:
-    """A finished image: its map's root, its size, what could not be read (start, length)."""
+    """An image that is read: its size, what of it could not be (start, length)."""
 
-    root: Root | None
     size: int
     unreadable: tuple[tuple[int, int], ...]
     figures: Figures
@@ -304,13 +303,11 @@ class Imaging:
     def _finish(self) -> Imaged:
         self.seal()
         lost = Extents.of(self._lost)
-        return Imaged(None, self._size, tuple((start, end - start) for start, end in lost), self.figures)
+        return Imaged(self._size, tuple((start, end - start) for start, end in lost), self.figures)
 
     def write_map(self) -> Root | None:
         """Write the map; all packs of the session must be sealed. Raises `StorageError`."""
-        root = self._writer.finish()
-        self.figures.pages_written = self._writer.pages
-        return root
+        return self._writer.finish()
 
 
 def read_failed(path: str, error: _native.ReadError) -> ImagerError:
@@ -328,20 +325,8 @@ def read_failed(path: str, error: _native.ReadError) -> ImagerError:
 
 def _by_leaf(wanted: Extents) -> Iterator[tuple[int, list[tuple[int, int]]]]:
     """Ranges of blocks, leaf by leaf."""
-    current = -1
-    ranges: list[tuple[int, int]] = []
-    for start, end in wanted:
-        while start < end:
-            number = start // PAGE_SLOTS
-            if number != current:
-                if ranges:
-                    yield current, ranges
-                current, ranges = number, []
-            stop = min(end, (number + 1) * PAGE_SLOTS)
-            ranges.append((start, stop))
-            start = stop
-    if ranges:
-        yield current, ranges
+    for number, ranges in groupby(wanted.cut(PAGE_SLOTS), key=lambda piece: piece[0] // PAGE_SLOTS):
+        yield number, list(ranges)
 
 
 def _fill(fd: int, path: str, buffer: memoryview) -> int:

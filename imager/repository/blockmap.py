@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 from imager import _native
 from imager._native import DATA, Slots
-from imager.errors import ImagerError, IntegrityError
+from imager.errors import IntegrityError
 from imager.extents import Extents
 from imager.repository.format import PAGE_SLOTS
 from imager.repository.manifest import Image, root_level
 from imager.repository.repository import Repository
+from imager.storage.errors import Gone, StorageError
 
 OnDamage = Callable[[int, int, str], None]
 """`on_damage(first_block, count, reason)`: the page for these blocks cannot be read."""
@@ -63,6 +64,25 @@ def slots_of(level: int, index: int, blocks: int) -> int:
     return min(PAGE_SLOTS, -(-blocks // below) - index * PAGE_SLOTS)
 
 
+def open_page(repository: Repository, page: Page, blocks: int) -> Slots:
+    """The slots of a page in the map of so many blocks.
+
+    Raises `IntegrityError` where it is missing, damaged, or not the page that its
+    parent implies; `WrongKey`, `StorageError`.
+    """
+    record = repository.read_page(page.pack, page.offset, page.length)
+    keys = repository.pack_reader(page.pack)[1]
+    try:
+        identity, level, start, slots = repository.vault.open_page(record, keys, repository.names, page.pack)
+    except _native.DamagedError as error:
+        raise IntegrityError(str(error)) from error
+    if (identity, level, start) != (page.id, page.level, page.index * span(page.level)):
+        raise IntegrityError("another page lies in its place")
+    if len(slots) != slots_of(level, page.index, blocks):
+        raise IntegrityError(f"it has {len(slots)} slots, and another number is due")
+    return slots
+
+
 class MapReader:
     """Reads the map of one image. Pages are fetched when they are needed; a few are kept.
 
@@ -97,23 +117,16 @@ class MapReader:
 
     def _read(self, page: Page) -> Slots:
         repository = self.repository
-        first = page.index * span(page.level)
         try:
             if self._listed_only and not repository.names.is_present(page.pack):
                 raise IntegrityError("its pack is missing or was set aside")
-            record = repository.read_page(page.pack, page.offset, page.length)
-            _, keys = repository.pack_reader(page.pack)
-            names = repository.names
-            identity, level, start, slots = repository.vault.open_page(record, keys, names, page.pack)
-            if (identity, level, start) != (page.id, page.level, first):
-                raise IntegrityError("another page lies in its place")
-            if len(slots) != slots_of(level, page.index, self.blocks):
-                raise IntegrityError(f"it has {len(slots)} slots")
-            return slots
-        except (_native.DamagedError, ImagerError) as error:
+            return open_page(repository, page, self.blocks)
+        except Gone:
+            raise
+        except (IntegrityError, StorageError) as error:
+            first = page.index * span(page.level)
             count = min(span(page.level), self.blocks - first)
-            reason = error.message if isinstance(error, ImagerError) else str(error)
-            raise DamagedPage(first, count, repository.pack_label(page.pack), reason) from error
+            raise DamagedPage(first, count, repository.pack_label(page.pack), error.message) from error
 
     def child(self, page: Page, slots: Slots, at: int) -> Page:
         """The page below slot `at`, which holds data."""

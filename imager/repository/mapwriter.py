@@ -54,8 +54,6 @@ class MapWriter:
         self._pack: _native.PackWriter | None = None
         self.pages = 0
         "Pages written."
-        self.absent = 0
-        "Blocks of the base whose pack the storage lacks: they are read and stored again."
 
     @property
     def pending(self) -> int:
@@ -75,7 +73,6 @@ class MapWriter:
                 page, harmed = None, True
         slots = old.copy()
         absent = slots.drop_absent(self.session.repository.names)
-        self.absent += absent
         known = absent == 0 and page is not None and len(old) == self.length(index)
         slots.resize(self.length(index), UNKNOWN)
         return Leaf(index, page, old, slots, known, harmed or absent > 0)
@@ -89,7 +86,7 @@ class MapWriter:
         if self.base is None or self.base.root is None:
             return Extents()
         # Where nothing is wanted, the new map is the base's root: it has to be whole, at least.
-        leaves = {start // PAGE_SLOTS for start, _ in _cut(wanted, span(1))} or {0}
+        leaves = {start // PAGE_SLOTS for start, _ in wanted.cut(span(1))} or {0}
         for index in sorted(leaves):
             try:
                 found = self.base.find(0, index)
@@ -240,16 +237,6 @@ def _within(ranges: list[tuple[int, int, int]], start: int, end: int) -> Iterato
         if first >= end:
             return
         yield max(first, start), min(last, end), kind
-
-
-def _cut(wanted: Extents, size: int) -> Iterator[tuple[int, int]]:
-    """The ranges, cut where multiples of `size` lie within."""
-    for low, end in wanted:
-        start = low
-        while start < end:
-            stop = min(end, (start // size + 1) * size)
-            yield start, stop
-            start = stop
 
 
 def _reference(page: Page) -> Slots:

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from imager._native import DATA, DamagedError, Slots
+from imager._native import DATA, Slots
 from imager.errors import IntegrityError
+from imager.repository import blockmap
 from imager.repository.format import PAGE_SLOTS
 from imager.repository.manifest import Image
 from imager.repository.repository import Repository
@@ -61,36 +62,20 @@ def pages(repository: Repository, image: Image, seen: Seen | None = None) -> Ite
             if (pack, offset, identity) in seen:
                 continue
             seen.add((pack, offset, identity))
-        span: int = PAGE_SLOTS**level
-        slots = _open(repository, pack, offset, length, identity, level, first)
-        if not isinstance(slots, str) and len(slots) != min(PAGE_SLOTS, -(-(image.blocks - first) // span)):
-            slots = f"it has {len(slots)} slots, and another number is due"
-        if isinstance(slots, str):
-            yield BadPage(pack, offset, first, min(span * PAGE_SLOTS, image.blocks - first), slots)
+        below: int = PAGE_SLOTS**level
+        place = blockmap.Page(level, first // (below * PAGE_SLOTS), identity, pack, offset, length)
+        try:
+            slots = blockmap.open_page(repository, place, image.blocks)
+        except Gone:
+            raise
+        except (IntegrityError, StorageError) as error:
+            hidden = min(below * PAGE_SLOTS, image.blocks - first)
+            yield BadPage(pack, offset, first, hidden, error.message)
             continue
         yield Page(pack, offset, length, level, first, slots)
         if level:
             for at in range(len(slots) - 1, -1, -1):
                 kind, child, child_pack, child_offset, child_length = slots.get(at)
                 if kind == DATA:
-                    place = first + at * span
-                    stack.append((child_pack, child_offset, child_length, child, level - 1, place))
-
-
-def _open(
-    repository: Repository, pack: int, offset: int, length: int, identity: bytes, level: int, first: int
-) -> Slots | str:
-    """The slots of a page, or why it is bad."""
-    try:
-        record = repository.read_page(pack, offset, length)
-        keys = repository.pack_reader(pack)[1]
-        found, its_level, its_first, slots = repository.vault.open_page(record, keys, repository.names, pack)
-    except Gone:
-        raise
-    except (IntegrityError, StorageError) as error:
-        return error.message
-    except DamagedError as error:
-        return str(error)
-    if found != identity or (its_level, its_first) != (level, first):
-        return "another page lies in its place"
-    return slots
+                    begin = first + at * below
+                    stack.append((child_pack, child_offset, child_length, child, level - 1, begin))
