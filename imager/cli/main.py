@@ -34,6 +34,7 @@ VERBS = (
     "diff",
     "verify",
     "check",
+    "sync",
     "restore",
     "lab",
     "completion",

@@ -357,7 +357,7 @@ def _run(
     head = Head(
         session.id, public.created, public.lineage, public.sequence, _native.blake3(manifest), manifest
     )
-    for problem in Witness(repository.id).committed(head, plan.seen):
+    for problem in Witness(repository.place).committed(head, plan.seen):
         reporter.note(problem)
     return BackupSummary(
         set=session.id,

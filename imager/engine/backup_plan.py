@@ -98,7 +98,7 @@ def plan(
     name = lineage_name(found, options.name)
     host = imageset.this_host()
     heads, damaged = imageset.heads(repository)
-    for problem in Witness(repository.id).observe(heads, damaged=[item.id for item in damaged]):
+    for problem in Witness(repository.place).observe(heads, damaged=[item.id for item in damaged]):
         reporter.warn(problem, hint="run imager check; if that was you, go on: this backup will be whole")
     lineage = lineage_id(repository.secrets.id_key, host, name)
     previous, unusable = imageset.latest_of(repository, lineage, heads)

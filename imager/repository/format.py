@@ -20,6 +20,7 @@ VERSION = 1
 CONFIG = "config"
 SLOTS, EPOCHS, SESSIONS, SETS = "slots/", "epochs/", "sessions/", "sets/"
 PACKS, MAPS, INDEX, CONDEMNED, DAMAGED = "packs/", "maps/", "index/", "condemned/", "damaged/"
+ABSENT, CHECKED = "absent/", "checked/"
 
 KIND_DATA, KIND_MAP = 1, 2
 CIPHER_AES, CIPHER_CHACHA = 1, 2

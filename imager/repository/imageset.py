@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 
@@ -202,8 +202,8 @@ def _order(head: Head) -> tuple[int, int, str]:
     return head.sequence, head.created, head.id
 
 
-def chain_problems(listing: Listing) -> list[tuple[str, str]]:
-    """Where the chain of a lineage is broken: (set id, what is wrong)."""
+def chain_problems(listing: Listing, absent: Collection[str] = ()) -> list[tuple[str, str]]:
+    """Where the chain of a lineage is broken: (set id, what is wrong). `absent`: sets left out on purpose."""
     sets = {manifest.id: manifest for manifest in listing.sets}
     unusable = {problem.id for problem in listing.problems}
     problems: list[tuple[str, str]] = []
@@ -212,6 +212,8 @@ def chain_problems(listing: Listing) -> list[tuple[str, str]]:
         if previous is None or previous.set in unusable:
             continue  # A damaged predecessor is a problem of its own.
         before = sets.get(previous.set)
+        if before is None and previous.set in absent:
+            continue
         if before is None:
             problems.append((manifest.id, f"the image set before it, {previous.set}, is missing"))
         elif before.digest.hex() != previous.digest:
@@ -237,8 +239,8 @@ def split_selector(text: str) -> Selector:
     return Selector(match["set"], match["disk"], int(part) if part else None)
 
 
-def parse_time(text: str) -> int:
-    """The last microsecond, since 1970 UTC, of the day, minute or second that is named.
+def parse_time(text: str, *, begin: bool = False) -> int:
+    """The last microsecond, since 1970 UTC, of the day, minute or second that is named; `begin`: the first.
 
     Local time unless the text has an offset. Raises `UsageError`.
     """
@@ -253,6 +255,8 @@ def parse_time(text: str) -> int:
         moment = datetime.fromisoformat(f"{date}T{clock}")
         if moment.tzinfo is None:
             moment = moment.astimezone()
+        if begin:
+            return (moment - _EPOCH) // timedelta(microseconds=1)
         return (moment + unit - _EPOCH) // timedelta(microseconds=1) - 1
     except (ValueError, OverflowError, OSError) as error:
         raise UsageError(f"not a time: {text!r}: {error}", hint=hint) from error

@@ -11,11 +11,15 @@ import os
 from imager import _native
 from imager.errors import IntegrityError
 from imager.events import Reporter
-from imager.repository.format import INDEX, KIND_DATA, is_pack_name, pack_object
+from imager.repository.format import INDEX, KIND_DATA, MAX_PACK, is_pack_name, pack_object
 from imager.repository.repository import Repository
 from imager.repository.session import Session
+from imager.storage.base import Storage
 from imager.storage.errors import Gone, NotFound, StorageError
 
+_HEADER = 4096
+_NAMES = 64 << 10
+"So many bytes of pack names are read along with a segment's header."
 SEGMENT_ENTRIES = 1 << 20
 "Write a segment once this many entries are pending: 32 MiB of them."
 
@@ -64,6 +68,26 @@ def load_one(repository: Repository, known: _native.Known, name: str) -> int:
         raise StorageError(f"reading {name} failed: {error.strerror}") from error
     finally:
         os.close(fd)
+
+
+def named_packs(storage: Storage, name: str) -> set[bytes]:
+    """Names of the packs that a segment speaks of, by its header alone; none where that is damaged.
+
+    Raises `StorageError`.
+    """
+    try:
+        head = storage.read(name, 0, _HEADER + _NAMES)
+        if len(head) < _HEADER or head[:8] != b"IMGRINDX":
+            return set()
+        size = 32 * int.from_bytes(head[12:16], "little")
+        if not 0 < size <= MAX_PACK:
+            return set()
+        listed = head[_HEADER:] if size + 8 <= len(head) - _HEADER else storage.read(name, _HEADER, size + 8)
+    except NotFound:
+        return set()
+    if int.from_bytes(listed[size : size + 8], "little") != _native.xxh3(listed[:size]):
+        return set()
+    return {listed[at : at + 32] for at in range(0, size, 32)}
 
 
 def segment_name(data: bytes) -> str:

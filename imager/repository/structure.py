@@ -12,7 +12,7 @@ import struct
 from imager import _native
 from imager.errors import IntegrityError
 from imager.events import Reporter
-from imager.repository import imageset, index, keys
+from imager.repository import absent, imageset, index, keys
 from imager.repository.findings import Problem, Survey
 from imager.repository.format import (
     DAMAGED,
@@ -93,9 +93,13 @@ def _sets(found: Survey) -> None:
     listing = found.listing
     for damaged in listing.problems:
         found.problems.append(Problem("set", f"sets/{damaged.id}", damaged.reason))
-    for set_id, text in imageset.chain_problems(listing):
+    left_out = absent.names(found.repository.storage)
+    lacking = sorted(left_out - {manifest.id for manifest in listing.sets})
+    if lacking:
+        found.notes.append(f"{len(lacking)} image sets were left out of this copy: {', '.join(lacking[:3])}")
+    for set_id, text in imageset.chain_problems(listing, left_out):
         found.problems.append(Problem("chain", f"sets/{set_id}", text))
-    witness = Witness(found.repository.id)
+    witness = Witness(found.repository.place)
     for text in witness.observe(listing.sets, damaged=[damaged.id for damaged in listing.problems]):
         found.problems.append(Problem("history", "the repository", text))
 

@@ -46,10 +46,13 @@ class SetLike(Protocol):
 
 
 class Witness:
-    """The memory of one repository, in the state folder of this machine."""
+    """The memory of one repository at one place, in the state folder of this machine.
 
-    def __init__(self, repository: bytes) -> None:
-        self._path = os.path.join(config.state_dir(), "witness", repository.hex() + ".json")
+    `place`: as `Repository.place` has it. A copy elsewhere has the same id, and may have fewer sets.
+    """
+
+    def __init__(self, place: str) -> None:
+        self._path = os.path.join(config.state_dir(), "witness", place + ".json")
         self._loaded: dict[str, Seen] | None = None
 
     def observe(self, sets: Iterable[SetLike], *, damaged: Iterable[str] = ()) -> list[str]:

@@ -1,0 +1,436 @@
+"""What a sync has to copy: chosen sets, and the objects that they need and the target lacks.
+
+Invariant: a set is planned only with everything that it refers to, as its
+signed manifest and the digests of its map's pages name it. What the source
+cannot give whole is told before anything is copied, and the sets that would
+be hurt by it are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from imager import _native
+from imager.errors import IntegrityError, NoRepository, UsageError
+from imager.repository import imageset, index, keys, manifest
+from imager.repository.format import (
+    CONFIG,
+    EPOCHS,
+    KIND_DATA,
+    KIND_MAP,
+    MAPS,
+    MAX_SMALL_JSON,
+    PACKS,
+    SESSIONS,
+    SETS,
+    SLOTS,
+    is_id,
+    is_pack_name,
+    pack_object,
+)
+from imager.repository.manifest import MAX_MANIFEST, Public
+from imager.repository.public import Place, PublicPage, PublicReader, upper_ids, walk
+from imager.repository.repository import Repository
+from imager.storage.base import Storage
+from imager.storage.errors import Gone, NotFound
+
+_ATTEMPTS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """Which sets to copy: those that fit every kind of wish that was made. None made: all.
+
+    sets: ids or unique prefixes. names, tags: need a key. latest: so many of each lineage.
+    since: microseconds since 1970 UTC.
+    """
+
+    sets: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    latest: int | None = None
+    since: int | None = None
+
+    @property
+    def need_key(self) -> bool:
+        """Whether they speak of what is sealed."""
+        return bool(self.names or self.tags)
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """An object or a set that is not copied, and why."""
+
+    object: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SyncPlan:
+    """What a sync will copy. Objects by name; sets by id, in the order in which they are made.
+
+    `objects`: slots, epochs, abort marks, announcements. `unindexed`: packs that the target has and no
+    index of it names. `absent`: predecessors that the target will lack. `bytes`: of the packs.
+    """
+
+    source: str
+    target: str
+    repository: str
+    creates: bool
+    sets: tuple[str, ...]
+    present: int
+    packs: tuple[str, ...]
+    maps: tuple[str, ...]
+    objects: tuple[str, ...]
+    unindexed: tuple[str, ...]
+    absent: tuple[str, ...]
+    bytes: int
+    refused: tuple[Refused, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is to be done."""
+        return not (self.creates or self.sets or self.objects or self.unindexed or self.absent)
+
+
+@dataclass(slots=True)
+class Planning:
+    """What is known of both ends while a plan is made, and again while it is carried out."""
+
+    source: Repository
+    target: Storage
+    reader: PublicReader
+    creates: bool = False
+    sizes: dict[str, int] = field(default_factory=dict)
+    "Packs and map packs of the source."
+    there: set[str] = field(default_factory=set)
+    "Packs and map packs of the target."
+    target_sets: set[str] = field(default_factory=set)
+    publics: dict[str, Public] = field(default_factory=dict)
+    lost: bool = False
+    "Whether something was not to be had."
+    _known: _native.Known | None = None
+
+    def elsewhere(self, identity: bytes) -> str | None:
+        """The object name of a pack of the source that holds a block, by its index."""
+        if self._known is None:
+            self._known = index.load(self.source)
+        found = self._known.find(identity)
+        name = self.source.names.name(found[0]) if found else None
+        path = pack_object(KIND_DATA, name) if name is not None else ""
+        return path if path in self.sizes else None
+
+
+def begin(source: Repository, target: Storage) -> Planning:
+    """Look at both ends. Raises `UsageError` where the target is another repository's, `IntegrityError`."""
+    planning = Planning(source, target, PublicReader(source))
+    _compare_config(planning)
+    planning.sizes = _sizes(source)
+    if not planning.creates:
+        planning.there = {name for prefix in (PACKS, MAPS) for name in target.list_names(prefix)}
+        planning.target_sets = {name.removeprefix(SETS) for name in target.list_names(SETS)}
+    return planning
+
+
+def _sizes(source: Repository) -> dict[str, int]:
+    """Packs and map packs that are there, with their sizes."""
+    entries = (entry for prefix in (PACKS, MAPS) for entry in source.storage.list(prefix))
+    return {entry.name: entry.size for entry in entries if is_pack_name(entry.name[-64:])}
+
+
+def begin_reading(source: Repository) -> Planning:
+    """As `begin`, of the source alone: every set of it is known, and nothing counts as copied."""
+    planning = Planning(source, source.storage, PublicReader(source))
+    planning.sizes = _sizes(source)
+    _manifests(planning, [])
+    return planning
+
+
+def needs_of(planning: Planning, set_id: str) -> Needs:
+    """All that one set needs. Raises `StorageError`."""
+    needs = Needs()
+    _reach(planning, set_id, set(), needs)
+    return needs
+
+
+def _compare_config(planning: Planning) -> None:
+    source, target = planning.source, planning.target
+    raw = source.storage.read(CONFIG, 0, MAX_SMALL_JSON + 1)
+    try:
+        other = target.read(CONFIG, 0, MAX_SMALL_JSON + 1)
+    except (NotFound, Gone):
+        planning.creates = True
+        return
+    if other == raw:
+        return
+    from imager.repository.repository import read_config
+
+    try:
+        found = read_config(target, writing=True)[0].repository
+    except NoRepository as error:
+        raise UsageError(f"{target.url} is no copy of {source.storage.url}: {error.message}") from error
+    if found == source.config.repository:
+        raise IntegrityError(
+            f"{target.url} has another config for the same repository",
+            hint="one of the two is damaged or was replaced; compare them with a third copy",
+        )
+    raise UsageError(
+        f"{target.url} is another repository ({found[:8]}, not {source.config.repository[:8]})",
+        hint="a copy has the id of its original: name an empty place, or the copy that you made before",
+    )
+
+
+# --- which sets ---------------------------------------------------------------------------
+
+
+def plan(
+    source: Repository, target: Storage, wishes: Wishes, *, distrusted: Collection[str] = ()
+) -> SyncPlan:
+    """What there is to do. `distrusted`: sets of the target that may lack what they refer to.
+
+    Raises `UsageError`, `WrongKey` where a wish needs a key, `StorageError`.
+    """
+    for _ in range(_ATTEMPTS):
+        planning = begin(source, target)
+        planning.target_sets -= set(distrusted)
+        made = _plan(planning, wishes)
+        if not planning.lost or planning.sizes.keys() == _sizes(source).keys():
+            break  # Else a prune was at work in the source: what seems lost has another place by now.
+    return made
+
+
+def _plan(planning: Planning, wishes: Wishes) -> SyncPlan:
+    source, target = planning.source, planning.target
+    refused: list[Refused] = []
+    raws = _manifests(planning, refused)
+    chosen = _choose(planning, raws, wishes)
+    new = [set_id for set_id in chosen if set_id not in planning.target_sets]
+    needs = _needs(planning, new, refused)
+    lacking = {item.object.removeprefix(SETS) for item in refused}
+    new = [set_id for set_id in new if set_id not in lacking]
+    packs = sorted(needs.packs - planning.there)
+    maps = sorted(needs.maps - planning.there)
+    objects = _small(planning, [*new, *(one for one in chosen if one in planning.target_sets)])
+    unindexed = _unindexed(planning, needs.packs & planning.there)
+    coming = {*new, *planning.target_sets}
+    before = (planning.publics[set_id].previous for set_id in new)
+    absent = {one.set for one in before if one is not None and one.set not in coming}
+    return SyncPlan(
+        source=source.storage.url,
+        target=target.url,
+        repository=source.config.repository,
+        creates=planning.creates,
+        sets=tuple(new),
+        present=len(chosen) - len(new) - len(lacking & set(chosen)),
+        packs=tuple(packs),
+        maps=tuple(maps),
+        objects=tuple(objects),
+        unindexed=tuple(unindexed),
+        absent=tuple(sorted(absent)),
+        bytes=sum(planning.sizes[name] for name in (*packs, *maps)),
+        refused=tuple(refused),
+        notes=tuple(_notes(planning)),
+    )
+
+
+def _manifests(planning: Planning, refused: list[Refused]) -> dict[str, bytes]:
+    """The manifests of the source whose seal is whole, by id; their public parts go into `publics`."""
+    source = planning.source
+    found: dict[str, bytes] = {}
+    heads, damaged = imageset.heads(source)
+    refused += [Refused(SETS + item.id, item.reason) for item in damaged]
+    for head in heads:
+        if not manifest.is_sealed(source, head.raw):
+            refused.append(Refused(SETS + head.id, "its manifest's seal is not by this repository"))
+            continue
+        try:
+            public = manifest.decode(source, head.id, head.raw).public
+        except (IntegrityError, NoRepository) as error:
+            refused.append(Refused(SETS + head.id, error.message))
+            continue
+        planning.publics[head.id] = public
+        found[head.id] = head.raw
+    return found
+
+
+def _choose(planning: Planning, raws: dict[str, bytes], wishes: Wishes) -> list[str]:
+    """Ids of the sets that are wished for, oldest first. Raises `UsageError`, `WrongKey`."""
+    source, publics, chosen = planning.source, planning.publics, list(raws)
+    if wishes.sets:
+        named = {_named(text, chosen) for text in wishes.sets}
+        chosen = [set_id for set_id in chosen if set_id in named]
+    if wishes.need_key:
+        chosen = [set_id for set_id in chosen if _fits(source, set_id, raws[set_id], wishes)]
+    if wishes.since is not None:
+        chosen = [set_id for set_id in chosen if publics[set_id].created >= wishes.since]
+    if wishes.latest is not None:
+        lineages: dict[str, list[str]] = {}
+        for set_id in chosen:
+            lineages.setdefault(publics[set_id].lineage, []).append(set_id)
+        kept = {set_id for members in lineages.values() for set_id in members[-wishes.latest :]}
+        chosen = [set_id for set_id in chosen if set_id in kept]
+    return chosen
+
+
+def _named(text: str, ids: Sequence[str]) -> str:
+    prefix = text.lower()
+    found = [set_id for set_id in ids if set_id.startswith(prefix)] if len(prefix) >= 4 else []
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UsageError(f"{text!r} may be any of {len(found)} image sets", hint="give more digits of the id")
+    raise UsageError(
+        f"no whole image set of the source has the id {text!r}",
+        hint="write at least 4 digits of it, as list shows it",
+    )
+
+
+def _fits(source: Repository, set_id: str, raw: bytes, wishes: Wishes) -> bool:
+    body = manifest.decode(source, set_id, raw).content
+    fits = not wishes.names or body.name in wishes.names
+    return fits and (not wishes.tags or not set(wishes.tags).isdisjoint(body.tags))
+
+
+# --- what they need ------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Needs:
+    """Object names of the packs that sets refer to; `lost`: what is not to be had, a line each."""
+
+    packs: set[str] = field(default_factory=set)
+    maps: set[str] = field(default_factory=set)
+    lost: list[str] = field(default_factory=list)
+
+
+def _needs(planning: Planning, new: list[str], refused: list[Refused]) -> Needs:
+    """All that the new sets need; those that cannot be had whole are refused."""
+    seen = _held(planning, new)
+    together = Needs()
+    for set_id in new:
+        _reach(planning, set_id, seen, together)
+    if not together.lost:
+        return together
+    planning.lost = True
+    # Something is missing: only now each set is looked at by itself, to tell which ones that hurts.
+    together = Needs()
+    for set_id in new:
+        own = Needs()
+        _reach(planning, set_id, set(), own)
+        if own.lost:
+            more = f" and {len(own.lost) - 1} more" if len(own.lost) > 1 else ""
+            refused.append(Refused(SETS + set_id, f"it is not whole in the source: {own.lost[0]}{more}"))
+            continue
+        together.packs |= own.packs
+        together.maps |= own.maps
+    return together
+
+
+def _held(planning: Planning, new: Iterable[str]) -> set[bytes]:
+    """Ids of pages of sets that both ends have, of the same lineages: the target has all below them."""
+    lineages = {planning.publics[set_id].lineage for set_id in new}
+    newest: dict[str, Public] = {}
+    for set_id, public in planning.publics.items():
+        if public.lineage in lineages and set_id in planning.target_sets:
+            before = newest.get(public.lineage)
+            if before is None or before.sequence < public.sequence:
+                newest[public.lineage] = public
+    held: set[bytes] = set()
+    for public in newest.values():
+        held |= upper_ids(planning.reader, public.roots)
+    return held
+
+
+def _reach(planning: Planning, set_id: str, seen: set[bytes], needs: Needs) -> None:
+    def leaf(page: PublicPage) -> None:
+        gone = {number for number, name in enumerate(page.packs) if not _had(planning, KIND_DATA, name)}
+        needs.packs.update(
+            pack_object(KIND_DATA, name) for number, name in enumerate(page.packs) if number not in gone
+        )
+        if gone:
+            _look_elsewhere(planning, page, {page.packs[number] for number in gone}, needs)
+
+    found = walk(planning.reader, planning.publics[set_id].roots, seen, leaf)
+    for name in found.maps:
+        if _had(planning, KIND_MAP, name):
+            needs.maps.add(pack_object(KIND_MAP, name))
+        else:
+            needs.lost.append(f"map pack {name.hex()} was set aside")
+    needs.lost += [f"a map page in pack {place.pack.hex()}: {reason}" for place, reason in found.lost]
+
+
+def _had(planning: Planning, kind: int, name: bytes) -> bool:
+    path = pack_object(kind, name)
+    return path in planning.sizes or path in planning.there
+
+
+def _look_elsewhere(planning: Planning, page: PublicPage, gone: set[bytes], needs: Needs) -> None:
+    """The packs to which a prune has moved the blocks of packs that are gone."""
+    lost: list[Place] = []
+    for target in page.targets:
+        if target.pack in gone:
+            path = planning.elsewhere(target.id)
+            if path is None:
+                lost.append(target)
+            else:
+                needs.packs.add(path)
+    if lost:
+        needs.lost.append(f"{len(lost)} blocks of pack {lost[0].pack.hex()}, which is missing")
+
+
+# --- the small objects ------------------------------------------------------------------------
+
+
+def _small(planning: Planning, sets: Sequence[str]) -> list[str]:
+    """Slots, epochs, abort marks and announcements of `sets` that the target lacks."""
+    source, target = planning.source, planning.target
+    lacking: list[str] = []
+    for prefix in (SLOTS, EPOCHS):
+        there = set() if planning.creates else set(target.list_names(prefix))
+        lacking += sorted(set(source.storage.list_names(prefix)) - there)
+    marks = {name.removeprefix(SETS) for name in source.storage.list_names(SETS)} - set(planning.publics)
+    for set_id in sorted(one for one in marks - planning.target_sets if is_id(one)):
+        if manifest.is_abort_mark(source.storage.read(SETS + set_id, 0, MAX_MANIFEST + 1)):
+            lacking.append(SETS + set_id)
+    there = set() if planning.creates else set(target.list_names(SESSIONS))
+    announced = set(source.storage.list_names(SESSIONS))
+    lacking += [SESSIONS + one for one in sets if SESSIONS + one in announced - there]
+    return lacking
+
+
+def _unindexed(planning: Planning, packs: set[str]) -> list[str]:
+    """Those of the packs, which the target has, that no index segment there names: an earlier sync died."""
+    if not packs:
+        return []
+    named: set[bytes] = set()
+    for name in planning.target.list_names("index/"):
+        if is_pack_name(name.removeprefix("index/")):
+            named |= index.named_packs(planning.target, name)
+    return sorted(name for name in packs if bytes.fromhex(name[-64:]) not in named)
+
+
+def _notes(planning: Planning) -> Iterable[str]:
+    if planning.creates:
+        return
+    slots = set(planning.target.list_names(SLOTS)) - set(planning.source.storage.list_names(SLOTS))
+    if slots:
+        yield (
+            f"{len(slots)} key slots of the copy are gone in the source: who has their secret "
+            "can still open the copy; remove them there, too"
+        )
+    foreign = planning.target_sets - {
+        name.removeprefix(SETS) for name in planning.source.storage.list_names(SETS)
+    }
+    if foreign:
+        yield f"{len(foreign)} sets of the copy are gone in the source; they stay"
+
+
+def verify_slot(source: Repository, name: str, raw: bytes) -> None:
+    """Check a slot or an epoch before it is copied. Raises `IntegrityError`."""
+    own = name.rpartition("/")[2]
+    if name.startswith(SLOTS):
+        keys.parse_slot(raw, own, source.id)
+    elif name.startswith(EPOCHS):
+        keys.parse_epoch(raw, own, source.id, bytes.fromhex(source.config.verify_key))
