@@ -9,7 +9,7 @@ the summary.)
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from imager.errors import UsageError
 if TYPE_CHECKING:
     from imager.cli.reporters import TerminalReporter
     from imager.repository.credentials import Credentials
-    from imager.repository.repository import Opening
+    from imager.repository.repository import Opening, Repository
 
 PROGRESS_MODES = ("auto", "plain", "json", "none")
 
@@ -96,6 +96,18 @@ class Shell:
         from imager.storage.open import open_storage
 
         return Repository.begin(open_storage(place), self.credentials(), writing=writing)
+
+    def open_keyless(self, *, writing: bool = False) -> Callable[[], Repository]:
+        """What opens the repository without a secret. Raises `UsageError`."""
+        place = self.repository_name()
+
+        def opening() -> Repository:
+            from imager.repository.keyless import open_keyless
+            from imager.storage.open import open_storage
+
+            return open_keyless(open_storage(place), writing=writing)
+
+        return opening
 
 
 def plain(value: Any) -> Any:

@@ -12,7 +12,7 @@ import struct
 from imager import _native
 from imager.errors import IntegrityError
 from imager.events import Reporter
-from imager.repository import absent, imageset, index, keys
+from imager.repository import absent, imageset, index, keys, references
 from imager.repository.findings import Problem, Survey
 from imager.repository.format import (
     DAMAGED,
@@ -210,20 +210,11 @@ def _index(found: Survey) -> None:
 def _maps(found: Survey) -> None:
     """Open every page that a set refers to, once, and see that every pack named is there and of its kind."""
     repository = found.repository
-    if repository.sealed and not repository.secrets.epochs:
-        found.notes.append("this key can write only: what the image sets refer to was not checked")
-        return
-    seen: Seen = set()
-    for manifest in found.listing.sets:
-        for image in manifest.images:
-            for page in pages(repository, image, seen):
-                found.pages += 1
-                found.used.add(page.pack)
-                if isinstance(page, BadPage):
-                    found.maps.add(page.pack)
-                    _blame_page(found, page)
-                elif page.level == 0:
-                    found.used.update(page.slots.packs())
+    if found.keyless:
+        found.notes.append(references.UNTOLD)
+        references.survey_maps(found)
+    else:
+        _pages(found)
     for number in found.used:
         name = repository.names.name(number)
         if name is None or number in found.bad or number in found.aside:
@@ -238,6 +229,20 @@ def _maps(found: Survey) -> None:
         found.notes.append(
             f"{orphans} packs belong to no image set: left by backups that ended early, or still being made"
         )
+
+
+def _pages(found: Survey) -> None:
+    seen: Seen = set()
+    for manifest in found.listing.sets:
+        for image in manifest.images:
+            for page in pages(found.repository, image, seen):
+                found.pages += 1
+                found.used.add(page.pack)
+                if isinstance(page, BadPage):
+                    found.maps.add(page.pack)
+                    _blame_page(found, page)
+                elif page.level == 0:
+                    found.used.update(page.slots.packs())
 
 
 def _blame_page(found: Survey, page: BadPage) -> None:
