@@ -8,6 +8,8 @@ takes its keys away from data that is there.
 from __future__ import annotations
 
 import os
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 from imager import _native
 from imager.errors import ImagerError, IntegrityError, NoRepository, UsageError
@@ -42,28 +44,41 @@ from imager.repository.packs import PackAccess, Reader
 from imager.storage.base import Storage
 from imager.storage.errors import AlreadyExists, Gone, NotFound
 
+if TYPE_CHECKING:
+    from imager.repository.locator import Locator
+
 __all__ = ["Opening", "Reader", "Repository"]
+
+
+def read_config(storage: Storage, *, writing: bool) -> tuple[Config, dict[str, object]]:
+    """A repository's config, and the object it came from. Without encryption its digest is checked.
+
+    Raises `NoRepository` (none there, or features unknown; `writing` asks for those of a
+    writer too), `IntegrityError`, `StorageError`.
+    """
+    try:
+        raw = storage.read(CONFIG, 0, MAX_SMALL_JSON + 1)
+    except (NotFound, Gone) as error:
+        raise NoRepository(
+            f"there is no repository in {storage.url}", hint=f"create one: imager init {storage.url}"
+        ) from error
+    config, value = parse_config(raw)
+    check_features(config, writing=writing)
+    if config.encryption != SEALED and bytes.fromhex(config.seal) != config_message(value):
+        raise IntegrityError("config is damaged: its digest is another")
+    return config, value
 
 
 class Opening:
     """A repository whose config is read and whose key slots are being tried in the background."""
 
     def __init__(self, storage: Storage, credentials: Credentials, *, writing: bool) -> None:
-        try:
-            raw = storage.read(CONFIG, 0, MAX_SMALL_JSON + 1)
-        except (NotFound, Gone) as error:
-            raise NoRepository(
-                f"there is no repository in {storage.url}", hint=f"create one: imager init {storage.url}"
-            ) from error
         self.storage = storage
-        self.config, self._object = parse_config(raw)
+        self.config, self._object = read_config(storage, writing=writing)
         self.id = bytes.fromhex(self.config.repository)
-        check_features(self.config, writing=writing)
         self._unlocking: Unlocking | None = None
         if self.config.encryption == SEALED:
             self._unlocking = self._start(credentials)
-        elif bytes.fromhex(self.config.seal) != config_message(self._object):
-            raise IntegrityError("config is damaged: its digest is another")
 
     def _start(self, credentials: Credentials) -> Unlocking:
         slots = []
@@ -116,6 +131,13 @@ class Repository(PackAccess):
         self._handles: dict[bytes, int] = {}
         self._session_keys: dict[bytes, tuple[int, bytes]] = {}
 
+    @cached_property
+    def locator(self) -> Locator:
+        """Finds records that are not where a map says."""
+        from imager.repository.locator import Locator
+
+        return Locator(self)
+
     # --- from place to repository ------------------------------------------------
 
     @staticmethod
@@ -148,7 +170,7 @@ class Repository(PackAccess):
             raise UsageError(
                 f"{block_size} bytes is no block size", hint="choose a power of two from 4KiB to 4MiB"
             )
-        _refuse_used(storage)
+        refuse_used(storage)
         sealed = encryption != "none"
         repository = os.urandom(16)
         secrets = keys.new_secrets() if sealed else Secrets(os.urandom(32), b"", {})
@@ -169,7 +191,7 @@ class Repository(PackAccess):
         value["seal"] = (keys.sign(secrets.signing_seed, message) if sealed else message).hex()
         config, _ = parse_config(raw := canonical(value))
         with storage.initializing():
-            _refuse_used(storage)
+            refuse_used(storage)
             for name in [*storage.list_names(SLOTS), *storage.list_names(EPOCHS)]:
                 storage.delete(name)  # An init was interrupted: no config, no data, so nobody needs these.
             if secret is not None:
@@ -233,7 +255,7 @@ def _builtins(config: Config) -> dict[str, object]:
     return value
 
 
-def _refuse_used(storage: Storage) -> None:
+def refuse_used(storage: Storage) -> None:
     """Raises `UsageError` where a new repository would be in the way of something."""
     if storage.exists(CONFIG):
         raise UsageError(f"there is a repository in {storage.url} already", hint="choose another folder")

@@ -47,7 +47,9 @@ def test_a_broken_rule_is_found(flaw: str) -> None:
 def test_hypothesis_finds_no_harm_among_everybody(data: st.DataObject) -> None:
     # Choices that hypothesis can shrink: where this fails, it shows the shortest schedule.
     _, harm, _ = play(
-        SCENARIOS[-1], Flaws(), lambda step, last, able: data.draw(st.sampled_from(able), label=f"step {step}")
+        SCENARIOS[-1],
+        Flaws(),
+        lambda step, last, able: data.draw(st.sampled_from(able), label=f"step {step}"),
     )
     assert harm is None
 
@@ -63,4 +65,4 @@ def test_prunes_do_their_work() -> None:
         store, harm, _ = play(scenario, Flaws(), pick)  # type: ignore[arg-type]
         assert harm is None and isinstance(store, Store)
         deleted += store.deletes
-    assert deleted >= len(SCENARIOS)
+    assert deleted >= 5
