@@ -18,11 +18,9 @@ from imager.repository.format import (
     MAX_SMALL_JSON,
     SESSIONS,
     SETS,
-    SessionObject,
     is_id,
     lineage_id,
-    parse,
-    shape,
+    parse_session,
 )
 from imager.repository.manifest import (
     MAX_MANIFEST,
@@ -338,10 +336,9 @@ def _begun(repository: Repository, session: str) -> int | None:
     """When the writer of a set announced itself, as far as that can be told."""
     try:
         raw = repository.storage.read(SESSIONS + session, 0, MAX_SMALL_JSON + 1)
-        announced = shape(parse(raw, session), SessionObject, session)
+        return parse_session(raw, session, repository.config.repository).created
     except (NotFound, IntegrityError):
         return None
-    return announced.created if announced.session == session else None
 
 
 _LIST = "imager list shows what there is"

@@ -11,7 +11,9 @@ import os
 from imager import _native
 from imager.errors import IntegrityError
 from imager.events import Reporter
+from imager.repository import sessions
 from imager.repository.format import INDEX, KIND_DATA, MAX_PACK, is_pack_name, pack_object
+from imager.repository.packs import PackAccess
 from imager.repository.repository import Repository
 from imager.repository.session import Session
 from imager.storage.base import Storage
@@ -24,9 +26,24 @@ SEGMENT_ENTRIES = 1 << 20
 "Write a segment once this many entries are pending: 32 MiB of them."
 
 
-def segment_names(repository: Repository) -> list[str]:
+def segment_names(repository: PackAccess) -> list[str]:
     """Object names of all index segments. Raises `StorageError`."""
     return [name for name in repository.storage.list_names(INDEX) if is_pack_name(name.removeprefix(INDEX))]
+
+
+def look_around(session: Session, reporter: Reporter | None = None) -> _native.Known:
+    """List the packs that a writer may refer to, and load the index of their blocks.
+
+    What a prune has condemned counts as absent. The session is announced, so what it
+    sees here stays until it ends. Raises `IntegrityError`, `StorageError`.
+    """
+    repository = session.repository
+    condemned = sessions.condemned_packs(repository.storage, repository.config.repository)
+    session.condemned = condemned
+    session.known = known = load(repository, reporter)
+    # After the index, so that of what that names nothing is too new to be listed.
+    repository.packs_present(without=condemned)
+    return known
 
 
 def load(repository: Repository, reporter: Reporter | None = None) -> _native.Known:
@@ -52,7 +69,7 @@ def load(repository: Repository, reporter: Reporter | None = None) -> _native.Kn
     return known
 
 
-def load_one(repository: Repository, known: _native.Known, name: str) -> int:
+def load_one(repository: PackAccess, known: _native.Known, name: str) -> int:
     """Map one segment into memory; its number of entries.
 
     Raises `IntegrityError`, `NotFound`, `StorageError`.

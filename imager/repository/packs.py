@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from threading import RLock
 from typing import Self
@@ -68,9 +68,14 @@ class PackAccess(ABC):
             if is_pack_name(name[at:]) and name[at - 3 : at] == f"{name[at : at + 2]}/"
         ]
 
-    def packs_present(self) -> int:
-        """List the packs and tell `names` which there are; returns how many. Raises `StorageError`."""
+    def packs_present(self, *, without: Collection[bytes] = ()) -> int:
+        """List the packs and tell `names` which there are; returns how many. Raises `StorageError`.
+
+        `without`: packs that count as absent, for they are condemned.
+        """
         present = self.pack_names(KIND_DATA) + self.pack_names(KIND_MAP)
+        if without:
+            present = [name for name in present if name not in without]
         self.names.set_present(present)
         return len(present)
 

@@ -8,6 +8,8 @@ takes its keys away from data that is there.
 from __future__ import annotations
 
 import os
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 from imager import _native
 from imager.errors import ImagerError, IntegrityError, NoRepository, UsageError
@@ -41,6 +43,9 @@ from imager.repository.keys import Secrets, Unlocking
 from imager.repository.packs import PackAccess, Reader
 from imager.storage.base import Storage
 from imager.storage.errors import AlreadyExists, Gone, NotFound
+
+if TYPE_CHECKING:
+    from imager.repository.locator import Locator
 
 __all__ = ["Opening", "Reader", "Repository"]
 
@@ -125,6 +130,13 @@ class Repository(PackAccess):
         self.vault = _native.Vault(self.id, secrets.id_key)
         self._handles: dict[bytes, int] = {}
         self._session_keys: dict[bytes, tuple[int, bytes]] = {}
+
+    @cached_property
+    def locator(self) -> Locator:
+        """Finds records that are not where a map says."""
+        from imager.repository.locator import Locator
+
+        return Locator(self)
 
     # --- from place to repository ------------------------------------------------
 

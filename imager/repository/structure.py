@@ -27,13 +27,11 @@ from imager.repository.format import (
     SESSIONS,
     SLOTS,
     TRAILER_ENTRY,
-    SessionObject,
     is_id,
     is_pack_name,
     numbered,
     pack_object,
-    parse,
-    shape,
+    parse_session,
 )
 from imager.repository.missing import MISSING
 from imager.repository.packs import read_header
@@ -109,12 +107,9 @@ def _sessions(found: Survey) -> None:
     names = {name.removeprefix(SESSIONS) for name in storage.list_names(SESSIONS)}
     done = {manifest.id for manifest in found.listing.sets} | {item.id for item in found.listing.problems}
     for session in sorted(name for name in names if is_id(name)):
-        what = f"session {session}"
         try:
             raw = storage.read(SESSIONS + session, 0, MAX_SMALL_JSON + 1)
-            value = shape(parse(raw, what), SessionObject, what)
-            if value.session != session or value.repository != repository:
-                raise IntegrityError(f"{what} is damaged: it belongs to another name or repository")
+            value = parse_session(raw, session, repository)
         except NotFound:
             continue  # a backup that failed just now took it back
         except IntegrityError as error:
@@ -123,7 +118,7 @@ def _sessions(found: Survey) -> None:
         if session not in done and session not in found.listing.aborted:
             found.notes.append(
                 f"session {session} of {value.host} (process {value.pid}) has no image set: "
-                "its backup still runs, or it ended early"
+                f"its {value.kind} still runs, or it ended early"
             )
     for session in sorted(done - names):
         found.problems.append(
@@ -242,6 +237,8 @@ def _pages(found: Survey) -> None:
                     found.maps.add(page.pack)
                     _blame_page(found, page)
                 elif page.level == 0:
+                    # What prune has moved is where the index says.
+                    page.slots.relocate(found.repository.names, found.known)
                     found.used.update(page.slots.packs())
 
 
