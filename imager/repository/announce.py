@@ -1,8 +1,8 @@
 """A session that makes no image set of its own: sync and heal while they write to a repository.
 
-Invariant: whatever is stored before it has an outcome is safe from a prune
-that knows the rules of docs/design/repository-format.md, section 9; and whoever
-was fenced learns of it before it relies on what it stored.
+Invariant: it is announced before it looks at what there is, and what a prune had
+condemned by then counts as absent; so all that it stores and relies on stays
+until it ends. Whoever was fenced learns of it before it relies on what it stored.
 """
 
 from __future__ import annotations
@@ -10,17 +10,8 @@ from __future__ import annotations
 import os
 from typing import Self
 
-from imager.repository.format import (
-    CONDEMNED,
-    EPOCHS,
-    SESSIONS,
-    SETS,
-    Config,
-    SessionObject,
-    canonical,
-    now,
-    numbered,
-)
+from imager.repository import sessions
+from imager.repository.format import EPOCHS, SETS, Config, numbered
 from imager.storage.base import Storage
 from imager.storage.errors import StorageError
 
@@ -33,14 +24,12 @@ class Announcement:
         self.id = session
 
     @classmethod
-    def begin(cls, config: Config, storage: Storage) -> Announcement:
-        """Announce that somebody writes. Raises `StorageError`."""
+    def begin(cls, config: Config, storage: Storage, kind: str) -> Announcement:
+        """Announce that somebody writes; `kind` says what, for those who look. Raises `StorageError`."""
         session = os.urandom(16).hex()
-        generation = max(numbered(storage.list_names(CONDEMNED)), default=0)
         epoch = max(numbered(storage.list_names(EPOCHS)), default=0)
         host = os.uname().nodename
-        announced = SessionObject(session, config.repository, now(), epoch, host, os.getpid(), generation)
-        storage.create(SESSIONS + session, canonical(announced))
+        sessions.announce(storage, config.repository, session, host=host, epoch=epoch, kind=kind)
         return cls(storage, session)
 
     def fenced(self) -> bool:
@@ -52,6 +41,6 @@ class Announcement:
 
     def __exit__(self, *_: object) -> None:
         try:
-            self._storage.delete(SESSIONS + self.id)
+            sessions.end(self._storage, self.id)
         except StorageError:
             pass  # It harms nobody: a prune declares it dead in the end.

@@ -83,7 +83,6 @@ class PublicReader:
 
     def __init__(self, repository: Repository) -> None:
         self.repository = repository
-        self._elsewhere: dict[bytes, Place] | None = None
         self._frames: OrderedDict[bytes, dict[int, bytes]] = OrderedDict()
 
     def page(self, place: Place) -> tuple[Place, PublicPage]:
@@ -123,13 +122,10 @@ class PublicReader:
         return known
 
     def _find(self, identity: bytes) -> Place | None:
-        """The place of a page by the trailers of all map packs, which are read once."""
-        if self._elsewhere is None:
-            self._elsewhere = {}
-            for name in self.repository.pack_names(KIND_MAP):
-                for place in pack_places(self.repository, name, KIND_MAP):
-                    self._elsewhere[place.id] = place
-        return self._elsewhere.get(identity)
+        """The place of a page whose record is not where it should be."""
+        place = self.repository.locator.find(identity, KIND_MAP)
+        name = self.repository.names.name(place[0]) if place else None
+        return Place(name, place[1], place[2], identity) if place and name is not None else None
 
 
 def _payload_digests(fd: int, name: bytes, repository: bytes) -> Iterator[tuple[int, bytes]]:
@@ -141,23 +137,6 @@ def _payload_digests(fd: int, name: bytes, repository: bytes) -> Iterator[tuple[
     trailer = os.pread(fd, size, os.fstat(fd).st_size - FOOTER - size)
     for at, (_, _, offset, _) in enumerate(records):
         yield offset, trailer[at * TRAILER_ENTRY + RECORD_HEAD : (at + 1) * TRAILER_ENTRY]
-
-
-def pack_places(repository: Repository, name: bytes, kind: int) -> list[Place]:
-    """The records of a pack, from its trailer; none where that is missing or damaged. Raises `Gone`."""
-    try:
-        fd = repository.open_object(repository.names.intern(name), kind)
-    except Gone:
-        raise
-    except (IntegrityError, StorageError):
-        return []
-    try:
-        records = _native.pack_records(fd, name, repository.id)
-    except (_native.DamagedError, OSError):
-        return []
-    finally:
-        os.close(fd)
-    return [Place(name, offset, length, identity) for _, identity, offset, length in records]
 
 
 @dataclass(slots=True)

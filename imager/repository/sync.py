@@ -18,11 +18,11 @@ from imager.errors import IntegrityError, Locked
 from imager.events import Reporter
 from imager.repository import absent, index, sync_plan
 from imager.repository.announce import Announcement
-from imager.repository.format import CONFIG, EPOCHS, SESSIONS, SETS, SLOTS
+from imager.repository.format import CONFIG, EPOCHS, MAPS, SESSIONS, SETS, SLOTS
 from imager.repository.manifest import MAX_MANIFEST, is_abort_mark, is_sealed
 from imager.repository.repository import Repository
 from imager.repository.sync_plan import Refused, SyncPlan, Wishes, plan
-from imager.repository.transfer import IN_FLIGHT, copy_packs, copy_small
+from imager.repository.transfer import IN_FLIGHT, Copied, copy_packs, copy_records, copy_small
 from imager.storage.base import Storage
 from imager.storage.errors import NotFound
 
@@ -70,6 +70,16 @@ class _Done:
     refused: dict[str, Refused] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    def spoil(self, name: str, problem: str) -> None:
+        """A pack of the source is damaged."""
+        self.bad[name] = problem
+        self.refuse([Refused(name, f"it is damaged in the source: {problem}")])
+
+    def count(self, copied: Copied) -> None:
+        """A pack is there now."""
+        (self.maps if copied.name.startswith(MAPS) else self.packs).append(copied.name)
+        self.bytes += copied.size
+
     def refuse(self, items: Sequence[Refused]) -> None:
         self.refused.update({item.object: item for item in items})
 
@@ -105,8 +115,11 @@ def execute(
             break
         if todo.creates:
             _create(source, target, done)
-        with Announcement.begin(source.config, target) as own:
-            gone = _copy(source, target, todo, done, reporter, workers)
+        with Announcement.begin(source.config, target, "sync") as own:
+            if not sync_plan.still_holds(todo, target):
+                todo = plan(source, target, wishes, distrusted=done.sets)
+                done.refuse(todo.refused)
+            gone = _copy(source, target, todo, own.id, done, reporter, workers)
             if not gone and not own.fenced():
                 _commit(source, target, todo, done)
                 # Looked at after the sets exist: a prune that fences from now on sees them first.
@@ -155,12 +168,18 @@ def _create(source: Repository, target: Storage, done: _Done) -> None:
 
 def _copy_key(source: Repository, target: Storage, name: str) -> bool:
     raw = source.storage.read(name)
-    sync_plan.verify_slot(source, name, raw)
+    sync_plan.verify_small(source, name, raw)
     return copy_small(source.storage, target, name, raw)
 
 
 def _copy(
-    source: Repository, target: Storage, todo: SyncPlan, done: _Done, reporter: Reporter, workers: int
+    source: Repository,
+    target: Storage,
+    todo: SyncPlan,
+    session: str,
+    done: _Done,
+    reporter: Reporter,
+    workers: int,
 ) -> bool:
     """Copy what the sets need, and index it. Whether something of the source vanished meanwhile."""
     for name in todo.objects:
@@ -169,21 +188,27 @@ def _copy(
     known = _native.Known(source.names)
     gone = False
     reporter.phase("copying packs", todo.bytes)
-    for names, count in ((todo.packs, done.packs), (todo.maps, done.maps)):
+    for names in (todo.packs, todo.maps):
         wanted = [name for name in names if name not in done.bad]
         for copied in copy_packs(source.storage, target, wanted, source.id, workers=workers):
             gone = gone or copied.gone
             if copied.problem is not None:
-                done.bad[copied.name] = copied.problem
-                done.refuse([Refused(copied.name, f"it is damaged in the source: {copied.problem}")])
+                done.spoil(copied.name, copied.problem)
             elif not copied.gone:
-                count.append(copied.name)
-                done.bytes += copied.size
+                done.count(copied)
                 reporter.advance(copied.size, stored=copied.size)
                 if names is todo.packs and copied.records is not None:
                     known.add_pack(source.names.intern(bytes.fromhex(copied.name[-64:])), copied.records)
                     if known.pending >= index.SEGMENT_ENTRIES:
                         _segment(source, target, known, done)
+    for number, name in enumerate(todo.renamed):
+        copied = copy_records(source.storage, target, name, source.id, session, number)
+        gone = gone or copied.gone
+        if copied.problem is not None:
+            done.spoil(name, copied.problem)
+        elif not copied.gone:
+            done.count(copied)
+            known.add_pack(source.names.intern(bytes.fromhex(copied.name[-64:])), copied.records or [])
     for name in todo.unindexed:
         _index_again(source, target, known, name)
     _segment(source, target, known, done)
@@ -192,7 +217,7 @@ def _copy(
 
 
 def _object(source: Repository, target: Storage, name: str, done: _Done) -> None:
-    """Copy a slot, an epoch or an abort mark."""
+    """Copy a slot, an epoch, a tombstone or an abort mark."""
     try:
         if name.startswith(SETS):
             raw = source.storage.read(name, 0, MAX_MANIFEST + 1)
@@ -265,7 +290,8 @@ def _commit(source: Repository, target: Storage, todo: SyncPlan, done: _Done) ->
 
 def _hurt(source: Repository, todo: SyncPlan, done: _Done) -> dict[str, str]:
     """The sets to which a pack that is damaged in the source belongs, and why."""
-    failed = {name: reason for name, reason in done.bad.items() if name in {*todo.packs, *todo.maps}}
+    wanted = {*todo.packs, *todo.maps, *todo.renamed}
+    failed = {name: reason for name, reason in done.bad.items() if name in wanted}
     if not failed:
         return {}
     planning = sync_plan.begin_reading(source)

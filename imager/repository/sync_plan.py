@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from imager import _native
 from imager.errors import IntegrityError, NoRepository, UsageError
-from imager.repository import imageset, index, keys, manifest
+from imager.repository import imageset, index, keys, manifest, sessions
 from imager.repository.format import (
     CONFIG,
     EPOCHS,
+    FORGOTTEN,
     KIND_DATA,
     KIND_MAP,
     MAPS,
@@ -25,12 +25,17 @@ from imager.repository.format import (
     SESSIONS,
     SETS,
     SLOTS,
+    Tombstone,
     is_id,
     is_pack_name,
     pack_object,
+    parse,
+    shape,
+    tombstone_message,
+    unhex,
 )
 from imager.repository.manifest import MAX_MANIFEST, Public
-from imager.repository.public import Place, PublicPage, PublicReader, upper_ids, walk
+from imager.repository.public import PublicPage, PublicReader, upper_ids, walk
 from imager.repository.repository import Repository
 from imager.storage.base import Storage
 from imager.storage.errors import Gone, NotFound
@@ -70,8 +75,9 @@ class Refused:
 class SyncPlan:
     """What a sync will copy. Objects by name; sets by id, in the order in which they are made.
 
-    `objects`: slots, epochs, abort marks, announcements. `unindexed`: packs that the target has and no
-    index of it names. `absent`: predecessors that the target will lack. `bytes`: of the packs.
+    `renamed`: packs that the target has but is about to delete: they are stored again under other names.
+    `objects`: slots, epochs, abort marks, tombstones, announcements. `unindexed`: packs that the target
+    has and no index of it names. `absent`: predecessors that the target will lack. `bytes`: of the packs.
     """
 
     source: str
@@ -82,12 +88,15 @@ class SyncPlan:
     present: int
     packs: tuple[str, ...]
     maps: tuple[str, ...]
+    renamed: tuple[str, ...]
     objects: tuple[str, ...]
     unindexed: tuple[str, ...]
     absent: tuple[str, ...]
     bytes: int
     refused: tuple[Refused, ...]
     notes: tuple[str, ...]
+    relies: frozenset[str] = frozenset()
+    "Objects of the target that must stay for the plan to hold."
 
     @property
     def empty(self) -> bool:
@@ -106,21 +115,24 @@ class Planning:
     sizes: dict[str, int] = field(default_factory=dict)
     "Packs and map packs of the source."
     there: set[str] = field(default_factory=set)
-    "Packs and map packs of the target."
+    "Packs and map packs of the target, but none that a prune is about to delete."
+    doomed: set[str] = field(default_factory=set)
+    "Those that it is."
+    relies: set[str] = field(default_factory=set)
     target_sets: set[str] = field(default_factory=set)
     publics: dict[str, Public] = field(default_factory=dict)
     lost: bool = False
     "Whether something was not to be had."
-    _known: _native.Known | None = None
 
-    def elsewhere(self, identity: bytes) -> str | None:
-        """The object name of a pack of the source that holds a block, by its index."""
-        if self._known is None:
-            self._known = index.load(self.source)
-        found = self._known.find(identity)
-        name = self.source.names.name(found[0]) if found else None
-        path = pack_object(KIND_DATA, name) if name is not None else ""
-        return path if path in self.sizes else None
+    def elsewhere(self, identities: Iterable[bytes]) -> dict[bytes, str]:
+        """Object names of packs of the source that hold blocks, of those that are found."""
+        found: dict[bytes, str] = {}
+        for identity, place in self.source.locator.find_all(identities, KIND_DATA).items():
+            name = self.source.names.name(place[0])
+            path = pack_object(KIND_DATA, name) if name is not None else ""
+            if path in self.sizes:
+                found[identity] = path
+        return found
 
 
 def begin(source: Repository, target: Storage) -> Planning:
@@ -129,9 +141,26 @@ def begin(source: Repository, target: Storage) -> Planning:
     _compare_config(planning)
     planning.sizes = _sizes(source)
     if not planning.creates:
-        planning.there = {name for prefix in (PACKS, MAPS) for name in target.list_names(prefix)}
+        there = {name for prefix in (PACKS, MAPS) for name in target.list_names(prefix)}
+        planning.doomed = condemned(target, source.config.repository) & there
+        planning.there = there - planning.doomed
         planning.target_sets = {name.removeprefix(SETS) for name in target.list_names(SETS)}
     return planning
+
+
+def condemned(storage: Storage, repository: str) -> set[str]:
+    """Object names of the packs that a prune is about to delete. Raises `IntegrityError`, `StorageError`."""
+    found = sessions.read_condemned(storage, repository).values()
+    packs = {pack_object(KIND_DATA, name) for one in found for name in one.packs}
+    return packs | {pack_object(KIND_MAP, name) for one in found for name in one.maps}
+
+
+def still_holds(made: SyncPlan, target: Storage) -> bool:
+    """Whether the target still has what the plan relies on: asked once a session is announced there."""
+    if not made.relies:
+        return True
+    there = {name for prefix in (SETS, PACKS, MAPS) for name in target.list_names(prefix)}
+    return made.relies <= there - condemned(target, made.repository)
 
 
 def _sizes(source: Repository) -> dict[str, int]:
@@ -207,14 +236,17 @@ def _plan(planning: Planning, wishes: Wishes) -> SyncPlan:
     raws = _manifests(planning, refused)
     chosen = _choose(planning, raws, wishes)
     new = [set_id for set_id in chosen if set_id not in planning.target_sets]
+    new, notes = _not_forgotten(planning, new, wishes)
     needs = _needs(planning, new, refused)
     lacking = {item.object.removeprefix(SETS) for item in refused}
     new = [set_id for set_id in new if set_id not in lacking]
-    packs = sorted(needs.packs - planning.there)
-    maps = sorted(needs.maps - planning.there)
-    objects = _small(planning, [*new, *(one for one in chosen if one in planning.target_sets)])
+    needed = needs.packs | needs.maps
+    packs = sorted(needs.packs - planning.there - planning.doomed)
+    maps = sorted(needs.maps - planning.there - planning.doomed)
+    renamed = sorted(needed & planning.doomed)
+    objects, tombs = _small(planning, new, [one for one in chosen if one in planning.target_sets])
     unindexed = _unindexed(planning, needs.packs & planning.there)
-    coming = {*new, *planning.target_sets}
+    coming = {*new, *planning.target_sets, *tombs}
     before = (planning.publics[set_id].previous for set_id in new)
     absent = {one.set for one in before if one is not None and one.set not in coming}
     return SyncPlan(
@@ -226,12 +258,14 @@ def _plan(planning: Planning, wishes: Wishes) -> SyncPlan:
         present=len(chosen) - len(new) - len(lacking & set(chosen)),
         packs=tuple(packs),
         maps=tuple(maps),
+        renamed=tuple(renamed),
         objects=tuple(objects),
         unindexed=tuple(unindexed),
         absent=tuple(sorted(absent)),
-        bytes=sum(planning.sizes[name] for name in (*packs, *maps)),
+        bytes=sum(planning.sizes[name] for name in (*packs, *maps, *renamed)),
         refused=tuple(refused),
-        notes=tuple(_notes(planning)),
+        notes=(*_notes(planning), *notes),
+        relies=frozenset(planning.relies | (needed & planning.there)),
     )
 
 
@@ -340,6 +374,7 @@ def _held(planning: Planning, new: Iterable[str]) -> set[bytes]:
     held: set[bytes] = set()
     for public in newest.values():
         held |= upper_ids(planning.reader, public.roots)
+        planning.relies.add(SETS + public.set)
     return held
 
 
@@ -368,14 +403,10 @@ def _had(planning: Planning, kind: int, name: bytes) -> bool:
 
 def _look_elsewhere(planning: Planning, page: PublicPage, gone: set[bytes], needs: Needs) -> None:
     """The packs to which a prune has moved the blocks of packs that are gone."""
-    lost: list[Place] = []
-    for target in page.targets:
-        if target.pack in gone:
-            path = planning.elsewhere(target.id)
-            if path is None:
-                lost.append(target)
-            else:
-                needs.packs.add(path)
+    stray = [target for target in page.targets if target.pack in gone]
+    found = planning.elsewhere({target.id for target in stray})
+    needs.packs.update(found.values())
+    lost = [target for target in stray if target.id not in found]
     if lost:
         needs.lost.append(f"{len(lost)} blocks of pack {lost[0].pack.hex()}, which is missing")
 
@@ -383,8 +414,20 @@ def _look_elsewhere(planning: Planning, page: PublicPage, gone: set[bytes], need
 # --- the small objects ------------------------------------------------------------------------
 
 
-def _small(planning: Planning, sets: Sequence[str]) -> list[str]:
-    """Slots, epochs, abort marks and announcements of `sets` that the target lacks."""
+def _not_forgotten(planning: Planning, new: list[str], wishes: Wishes) -> tuple[list[str], list[str]]:
+    """The new sets without those that were forgotten in the target on purpose, and a note of them."""
+    if planning.creates or wishes.sets:
+        return new, []
+    forgotten = {name.removeprefix(FORGOTTEN) for name in planning.target.list_names(FORGOTTEN)}
+    kept = [set_id for set_id in new if set_id not in forgotten]
+    if len(kept) == len(new):
+        return new, []
+    number = len(new) - len(kept)
+    return kept, [f"{number} sets were forgotten in the copy and stay so; --set ID copies one all the same"]
+
+
+def _small(planning: Planning, new: Sequence[str], present: Sequence[str]) -> tuple[list[str], set[str]]:
+    """Slots, epochs, abort marks, tombstones and announcements that the target lacks; ids with tombstones."""
     source, target = planning.source, planning.target
     lacking: list[str] = []
     for prefix in (SLOTS, EPOCHS):
@@ -396,8 +439,13 @@ def _small(planning: Planning, sets: Sequence[str]) -> list[str]:
             lacking.append(SETS + set_id)
     there = set() if planning.creates else set(target.list_names(SESSIONS))
     announced = set(source.storage.list_names(SESSIONS))
-    lacking += [SESSIONS + one for one in sets if SESSIONS + one in announced - there]
-    return lacking
+    lacking += [SESSIONS + one for one in (*new, *present) if SESSIONS + one in announced - there]
+    # A tombstone explains a gap; what the copy still has is not forgotten there.
+    there = set() if planning.creates else set(target.list_names(FORGOTTEN))
+    tombs = {name for name in source.storage.list_names(FORGOTTEN) if is_id(name.removeprefix(FORGOTTEN))}
+    kept = {FORGOTTEN + one for one in (*new, *planning.target_sets)}
+    lacking += sorted(tombs - there - kept)
+    return lacking, {name.removeprefix(FORGOTTEN) for name in (tombs - kept) | there}
 
 
 def _unindexed(planning: Planning, packs: set[str]) -> list[str]:
@@ -427,10 +475,27 @@ def _notes(planning: Planning) -> Iterable[str]:
         yield f"{len(foreign)} sets of the copy are gone in the source; they stay"
 
 
-def verify_slot(source: Repository, name: str, raw: bytes) -> None:
-    """Check a slot or an epoch before it is copied. Raises `IntegrityError`."""
+def verify_small(source: Repository, name: str, raw: bytes) -> None:
+    """Check a slot, an epoch or a tombstone before it is copied. Raises `IntegrityError`."""
     own = name.rpartition("/")[2]
     if name.startswith(SLOTS):
         keys.parse_slot(raw, own, source.id)
     elif name.startswith(EPOCHS):
         keys.parse_epoch(raw, own, source.id, bytes.fromhex(source.config.verify_key))
+    elif name.startswith(FORGOTTEN):
+        _verify_tombstone(source, own, raw)
+
+
+def _verify_tombstone(source: Repository, set_id: str, raw: bytes) -> None:
+    what = f"the tombstone of image set {set_id}"
+    value = parse(raw, what)
+    found = shape(value, Tombstone, what)
+    message = tombstone_message(value)
+    signature = unhex(found.signature, None, what)
+    genuine = (
+        keys.is_signed(bytes.fromhex(source.config.verify_key), signature, message)
+        if source.sealed
+        else signature == message
+    )
+    if not genuine or (found.set, found.repository) != (set_id, source.config.repository):
+        raise IntegrityError(f"{what} is damaged or forged: its signature is not by this repository's key")

@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from imager import _native
+from imager.repository.format import KIND_DATA, KIND_MAP, MAPS, pack_object
 from imager.storage.base import Storage
 from imager.storage.errors import AlreadyExists, NotFound, refusal
 
@@ -92,6 +93,48 @@ def copy_pack(source: Storage, target: Storage, name: str, repository: bytes) ->
             return Copied(name, size, records=records)
         except _Unreadable as error:
             return Copied(name, problem=str(error))
+        finally:
+            staged.discard()
+    finally:
+        os.close(fd)
+
+
+def copy_records(
+    source: Storage, target: Storage, name: str, repository: bytes, session: str, number: int
+) -> Copied:
+    """Copy all records of a pack into one of another name: the target is about to delete this one.
+
+    They lie at the same offsets there. `number`: of the new pack within the session, hexadecimal.
+    Raises `StorageError` where the target refuses.
+    """
+    try:
+        fd = source.open(name)
+    except NotFound:
+        return Copied(name, gone=True)
+    try:
+        identity, kind = bytes.fromhex(name[-64:]), KIND_MAP if name.startswith(MAPS) else KIND_DATA
+        staged = target.stage()
+        try:
+            places = [record[2] for record in _native.pack_records(fd, identity, repository)]
+            merged = _native.merge_packs(
+                staged.fd,
+                [(fd, identity, places)],
+                kind=kind,
+                repository=repository,
+                session=bytes.fromhex(session),
+                sequence=number,
+            )
+            if merged.damaged or merged.name is None:
+                return Copied(name, problem=f"{len(merged.damaged)} of its {len(places)} records are damaged")
+            path = pack_object(kind, merged.name)
+            staged.publish(path)
+            return Copied(path, merged.size, records=merged.records)
+        except _native.DamagedError as error:
+            return Copied(name, problem=str(error))
+        except _native.WriteError as error:
+            raise refusal(OSError(error.errno, error.strerror), f"writing {name}", target.url) from error
+        except OSError as error:
+            return Copied(name, problem=f"it cannot be read: {error.strerror}")
         finally:
             staged.discard()
     finally:

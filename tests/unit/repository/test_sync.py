@@ -14,10 +14,11 @@ from imager import _native
 from imager.errors import IntegrityError, UsageError, WrongKey
 from imager.events import Silent
 from imager.repository import check as checking
-from imager.repository import index, sync
+from imager.repository import index, sessions, sync
+from imager.repository.blockmap import MapReader
 from imager.repository.credentials import Credentials
 from imager.repository.format import now
-from imager.repository.imageset import list_sets, parse_time, read_set
+from imager.repository.imageset import Image, list_sets, parse_time, read_set
 from imager.repository.keyless import Keyless, open_keyless
 from imager.repository.repository import Repository
 from imager.repository.sync import SyncSummary, Wishes
@@ -462,3 +463,95 @@ def test_verify_after_reads_back_what_was_copied(lab: Lab, tmp_path: Path) -> No
 def test_since_means_the_beginning_of_what_is_named() -> None:
     assert parse_time("2026-11-22T10:00:00Z", begin=True) + 999_999 == parse_time("2026-11-22T10:00:00Z")
     assert parse_time("2026-11-22", begin=True) + 86400 * 10**6 - 1 == parse_time("2026-11-22")
+
+
+# --- a copy that is pruned ---------------------------------------------------------------------
+
+
+def forget_everything(root: Path) -> None:
+    """As if every set of the copy had been forgotten; its packs are still there."""
+    for kind in ("sets", "sessions"):
+        for path in (root / kind).iterdir():
+            path.unlink()
+
+
+def test_condemned_packs_are_stored_again_under_another_name(lab: Lab, tmp_path: Path) -> None:
+    """A prune is going to delete them, however late: a copy must not rely on them."""
+    ids = three(lab)
+    root = tmp_path / "copy"
+    copy(lab, root)
+    forget_everything(root)
+    target = FolderStorage(str(root))
+    doomed = [[bytes.fromhex(name[-64:]) for name in target.list_names(kind)] for kind in ("packs/", "maps/")]
+    sessions.condemn(target, lab.repository.config.repository, *doomed)
+    done = copy(lab, root)
+    assert done.ok and list(done.sets) == ids
+    for kind in ("packs", "maps"):
+        for name in objects(lab.root, kind):
+            (root / name).unlink()  # the late deleter
+    (condemnation,) = (root / "condemned").iterdir()
+    condemnation.unlink()
+    for path in (root / "index").iterdir():
+        path.unlink()
+    other = as_lab(lab, root)
+    for set_id in ids:
+        manifest = read_set(other.repository, set_id)
+        for image in manifest.images:
+            content = lab.images[set_id][image.disk]
+            assert read_through_ids(other.repository, image) == content
+
+
+def read_through_ids(repository: Repository, image: Image) -> bytes:
+    """The whole image, its records found by their ids where they are not in their places."""
+    out = bytearray(image.size)
+    reader = MapReader(repository, image)
+    for first, count, slots in reader.walk():
+        if isinstance(slots, int):
+            continue
+        for at in range(count):
+            kind, identity, _, _, _ = slots.get(at)
+            if kind != _native.DATA:
+                continue
+            place = repository.locator.find(identity, 1)
+            assert place is not None
+            slot = _native.Slots(1)
+            slot.set_data(0, identity, *place)
+            gather = _native.Gather()
+            gather.add(first + at, slot)
+            gather.sort()
+            packs = {place[0]: repository.pack_reader(place[0])}
+            ((block, data),) = _native.read_blocks(
+                repository.vault, packs, gather, image_size=image.size, block_size=image.block_size
+            )
+            out[block * BLOCK : block * BLOCK + len(data)] = data
+    return bytes(out)
+
+
+def test_what_was_forgotten_in_the_copy_stays_so(lab: Lab, tmp_path: Path) -> None:
+    ids = three(lab)
+    copy(lab, tmp_path / "copy")
+    target = FolderStorage(str(tmp_path / "copy"))
+    forget_everything(tmp_path / "copy")
+    target.create(f"forgotten/{ids[0]}", b"{}")
+    done = copy(lab, tmp_path / "copy")
+    assert list(done.sets) == ids[1:] and any("forgotten in the copy" in note for note in done.notes)
+    assert copy(lab, tmp_path / "copy", sets=(ids[0],)).sets == (ids[0],)
+
+
+def test_a_prune_between_plan_and_session_is_noticed(lab: Lab, tmp_path: Path) -> None:
+    """What the plan counted on is gone when the session is announced."""
+    ids = three(lab)
+    root = tmp_path / "copy"
+    copy(lab, root, sets=tuple(ids[:2]))
+    with open_keyless(FolderStorage(str(lab.root))) as source:
+        target = FolderStorage(str(root))
+        plan = sync.plan(source, target, Wishes())
+        assert plan.relies and plan.sets == tuple(ids[2:])
+        forget_everything(root)
+        for kind in ("packs", "maps"):
+            for path in (root / kind).rglob("*"):
+                if path.is_file():
+                    path.unlink()
+        done = sync.execute(source, target, Wishes(), plan, Silent())
+    assert done.ok and set(done.sets) == set(ids)
+    is_whole(lab, root, ids)
