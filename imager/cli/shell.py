@@ -86,6 +86,14 @@ class Shell:
             keyfile=self.settings.keyfile,
         )
 
+    def credentials_of(self, keyfile: str | None, passphrase_file: str | None) -> Credentials:
+        """Where the secret of a second repository comes from; where nothing is named, as for the first."""
+        from imager.repository.credentials import Credentials
+
+        if keyfile is None and passphrase_file is None:
+            return self.credentials()
+        return Credentials(keyfile=keyfile, passphrase_file=passphrase_file, interactive=False)
+
     def open(self, *, writing: bool = False) -> Opening:
         """Begin to open the repository: the key slots are tried while the verb gets ready.
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from imager import _native
@@ -141,12 +141,17 @@ def _payload_digests(fd: int, name: bytes, repository: bytes) -> Iterator[tuple[
 
 @dataclass(slots=True)
 class Reach:
-    """What some sets refer to. `lost`: pages that cannot be had, and why; what is below them is not known."""
+    """What some sets refer to.
+
+    `lost`: pages that cannot be had, and why; what is below them is not known. `astray`: pages that
+    were had, but not from a pack that is listed.
+    """
 
     maps: set[bytes] = field(default_factory=set)
     data: set[bytes] = field(default_factory=set)
     pages: int = 0
     lost: list[tuple[Place, str]] = field(default_factory=list)
+    astray: list[Place] = field(default_factory=list)
 
 
 OnLeaf = Callable[[PublicPage], None]
@@ -158,11 +163,17 @@ def root_place(root: Root) -> Place:
 
 
 def walk(
-    reader: PublicReader, roots: Iterable[Root | None], seen: set[bytes], on_leaf: OnLeaf | None = None
+    reader: PublicReader,
+    roots: Iterable[Root | None],
+    seen: set[bytes],
+    on_leaf: OnLeaf | None = None,
+    *,
+    listed: Container[bytes] | None = None,
 ) -> Reach:
     """Visit every page below some roots, but none whose id is in `seen`, and remember them there.
 
-    `on_leaf` is called with each page of level 0. Raises `StorageError` where the storage is gone.
+    `on_leaf` is called with each page of level 0; `listed`: names of the map packs that count for `astray`.
+    Raises `StorageError` where the storage is gone.
     """
     found = Reach()
     stack = [(root_place(root), root.level) for root in roots if root is not None]
@@ -182,6 +193,8 @@ def walk(
             continue
         found.pages += 1
         found.maps.add(at.pack)
+        if listed is not None and at.pack not in listed:
+            found.astray.append(at)
         if level:
             stack += [(target, level - 1) for target in reversed(page.targets) if target.id not in seen]
         else:

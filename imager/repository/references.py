@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from imager._native import Known
 from imager.repository.findings import Hurt, Problem, Survey
 from imager.repository.format import FOOTER, KIND_DATA, KIND_MAP, RECORD_HEAD, TRAILER_ENTRY, pack_object
 from imager.repository.public import Place, PublicPage, PublicReader, walk
@@ -29,14 +28,23 @@ def survey_maps(found: Survey) -> None:
     reader = PublicReader(found.repository)
     names = found.repository.names
     seen: set[bytes] = set()
+
+    def leaf(page: PublicPage) -> None:
+        gone = {name for name in page.packs if pack_object(KIND_DATA, name) not in found.sizes}
+        found.used.update(names.intern(name) for name in page.packs if name not in gone)
+        stray = [target for target in page.targets if target.pack in gone]
+        places = found.repository.locator.find_all({one.id for one in stray}, KIND_DATA) if stray else {}
+        # What prune has moved, or a backup stored anew, is where its id leads.
+        found.used.update(place[0] for place in places.values())
+        found.used.update(names.intern(one.pack) for one in stray if one.id not in places)
+
     for manifest in found.listing.sets:
-        reach = walk(reader, manifest.public.roots, seen)
+        reach = walk(reader, manifest.public.roots, seen, leaf)
         found.pages += reach.pages
         for name in reach.maps:
             number = names.intern(name)
             found.maps.add(number)
             found.used.add(number)
-        found.used.update(names.intern(name) for name in reach.data)
         for place, reason in reach.lost:
             _blame(found, place, reason)
 
@@ -64,7 +72,7 @@ def check_blocks(found: Survey, chosen: list[str]) -> None:
             entries = trailers.of(target.pack)
             if entries is None or entries.get(target.offset) == (target.length, target.id):
                 continue
-            if not _elsewhere(found, found.known, target):
+            if found.repository.locator.find(target.id, KIND_DATA) is None:
                 strays[target.pack] = strays.get(target.pack, 0) + 1
 
     reader = PublicReader(found.repository)
@@ -76,14 +84,6 @@ def check_blocks(found: Survey, chosen: list[str]) -> None:
         found.problems.append(
             Problem("map", path, f"{number} blocks that block maps name are not in it, and not in the index")
         )
-
-
-def _elsewhere(found: Survey, known: Known, target: Place) -> bool:
-    place = known.find(target.id)
-    if place is None:
-        return False
-    name = found.repository.names.name(place[0])
-    return name is not None and name != target.pack and pack_object(KIND_DATA, name) in found.sizes
 
 
 class _Trailers:
@@ -134,8 +134,18 @@ def hurt_sets(found: Survey) -> dict[int, list[Hurt]]:
         return costs
     reader, names = PublicReader(found.repository), found.repository.names
     for manifest in found.listing.sets:
-        reach = walk(reader, manifest.public.roots, set())
-        packs = {*reach.maps, *reach.data, *(place.pack for place, _ in reach.lost)}
-        for number in sorted({names.intern(name) for name in packs} & doubtful):
+        hit: set[int] = set()
+
+        def leaf(page: PublicPage, hit: set[int] = hit) -> None:
+            bad = {name for name in page.packs if names.intern(name) in doubtful}
+            stray = [target for target in page.targets if target.pack in bad]
+            places = found.repository.locator.find_all({one.id for one in stray}, KIND_DATA) if stray else {}
+            # Elsewhere, and not in another doubtful pack: then nothing hangs on this one.
+            whole = {identity for identity, place in places.items() if place[0] not in doubtful}
+            hit.update(names.intern(one.pack) for one in stray if one.id not in whole)
+
+        reach = walk(reader, manifest.public.roots, set(), leaf)
+        hit |= {names.intern(place.pack) for place, _ in reach.lost}
+        for number in sorted(hit & doubtful):
             costs.setdefault(number, []).append(Hurt(manifest.id, "", "", ()))
     return costs

@@ -138,6 +138,11 @@ class Repository(PackAccess):
 
         return Locator(self)
 
+    def look_anew(self) -> None:
+        """Forget where things were found: this very process has moved some of them."""
+        self.close()
+        self.__dict__.pop("locator", None)
+
     # --- from place to repository ------------------------------------------------
 
     @staticmethod

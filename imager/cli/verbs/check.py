@@ -10,7 +10,7 @@ from imager.cli.group import verb
 from imager.cli.options import THREADS
 from imager.cli.shell import Shell
 from imager.cli.style import count
-from imager.errors import EXIT_DONE, EXIT_INTEGRITY
+from imager.errors import EXIT_DONE, EXIT_INTEGRITY, UsageError
 from imager.units import format_size, format_time
 
 if TYPE_CHECKING:
@@ -31,25 +31,54 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Set damaged packs aside, rebuild the index, remove what dead writers left.",
 )
+@click.option(
+    "--heal-from",
+    "sources",
+    multiple=True,
+    metavar="SOURCE",
+    help="With --repair: take what is lost from SOURCE, a device, an image file or a repository.",
+)
+@click.option("--heal-keyfile", metavar="FILE", help="Opens a SOURCE that is another repository.")
+@click.option("--heal-passphrase-file", metavar="FILE", help="The same, with a passphrase.")
 @click.option("--keyless", is_flag=True, help="Ask for no secret: check what can be checked without one.")
 @click.option("--ages", is_flag=True, help="Also list when each pack was last read back.")
 @click.option("--threads", type=THREADS, default=0, metavar="N", help="Worker threads; 0: one for each core.")
 def command(
-    shell: Shell, read_data: str | None, repair: bool, keyless: bool, ages: bool, threads: int
+    shell: Shell,
+    read_data: str | None,
+    repair: bool,
+    sources: tuple[str, ...],
+    heal_keyfile: str | None,
+    heal_passphrase_file: str | None,
+    keyless: bool,
+    ages: bool,
+    threads: int,
 ) -> int:
     """Check that the repository is whole.
 
     Without --read-data: config, keys, manifests and their chains, block maps,
     and that every pack they name is there. Exit 30 where something is damaged;
     each finding names the object, and the bytes of each set that it costs.
+
+    --heal-from can be given several times. A copy of this repository gives back
+    all it has; a device, an image file and another repository give back the
+    blocks whose hashes fit.
     """
+    if sources and not repair:
+        raise UsageError("--heal-from changes the repository", hint="say --repair as well")
     opening = shell.open_keyless(writing=repair) if keyless else shell.open(writing=repair).unlock
     from imager.repository import check
 
     with shell.reporter() as reporter:
+        repository = opening()
         summary = check.check(
-            opening(), reporter, read_data=read_data, repair=repair, ages=ages, threads=threads
+            repository, reporter, read_data=read_data, repair=repair, ages=ages, threads=threads
         )
+        if sources:
+            from imager.engine import heal
+
+            credentials = shell.credentials_of(heal_keyfile, heal_passphrase_file)
+            summary = heal.repaired(repository, summary, sources, credentials, reporter)
     if shell.json:
         shell.message("summary", summary)
     else:
