@@ -19,7 +19,7 @@ from imager.repository.damage import hurt_by_pack
 from imager.repository.findings import Hurt, Problem, Survey
 from imager.repository.format import DAMAGED, INDEX, KIND_DATA, KIND_MAP, PACKS, pack_object
 from imager.repository.repository import Repository
-from imager.storage.errors import NotFound
+from imager.storage.errors import AlreadyExists, NotFound
 
 __all__ = ["Hurt", "PackAge", "Problem", "Summary", "check"]
 
@@ -267,9 +267,42 @@ def _set_aside(found: Survey, done: list[str]) -> None:
         if whole:
             found.notes.append(f"{path} is whole by its name; it stays")
             continue
-        repository.storage.move(path, DAMAGED + path)
-        found.aside.add(number)
-        done.append(f"set {path} aside: the next backup stores again what its source still has of it")
+        if _move_aside(repository, path, name):
+            found.aside.add(number)
+            done.append(f"set {path} aside: the next backup stores again what its source still has of it")
+
+
+def _move_aside(repository: Repository, path: str, name: bytes) -> bool:
+    """Move a damaged pack below `damaged/`; False where it is gone. Raises `StorageError`."""
+    storage, target = repository.storage, DAMAGED + path
+    for number in range(1, 100):
+        try:
+            storage.move(path, target)
+            return True
+        except NotFound:
+            return False  # Another repair was quicker, or a prune.
+        except AlreadyExists:
+            if _healthy(repository, path, name) <= _healthy(repository, target, name):
+                # The same, where a repair was killed midway; else the one that is there gives back more.
+                storage.delete(path)
+                return True
+            storage.move(target, f"{target}.{number}")
+    return False
+
+
+def _healthy(repository: Repository, path: str, name: bytes) -> int:
+    """How many records of a damaged pack are whole, as far as its frame tells."""
+    try:
+        fd = repository.storage.open(path)
+    except NotFound:
+        return -1
+    try:
+        report = _native.check_pack(fd, name, repository.id)
+        return 0 if report.problem is not None else report.records - len(report.damaged)
+    except OSError:
+        return -1
+    finally:
+        os.close(fd)
 
 
 def _rebuild(found: Survey, done: list[str]) -> list[Problem]:

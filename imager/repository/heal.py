@@ -75,7 +75,7 @@ class Healed:
                 plural = "" if len(names) == 1 else "s"
                 yield f"put {len(names)} {what}{plural} back from {where}"
         if self.records:
-            yield f"stored {self.records} records again from {where}"
+            yield f"stored {self.records} record{'' if self.records == 1 else 's'} again from {where}"
 
 
 def wanted(repository: Repository) -> Wanted:
@@ -109,21 +109,25 @@ def put_back_objects(repository: Repository, copy: Repository, problems: Iterabl
     The damaged ones are kept below `damaged/`. Raises `StorageError`.
     """
     healed = Healed()
+    damaged: list[str] = []
     for problem in problems:
-        prefix = _SMALL.get(problem.kind)
-        if prefix is None or not problem.object.startswith(prefix):
-            continue
+        prefix = _SMALL.get(problem.kind, "?")
+        if problem.object == prefix:  # All of them are gone.
+            damaged += copy.storage.list_names(prefix)
+        elif problem.object.startswith(prefix):
+            damaged.append(problem.object)
+    for name in damaged:
         try:
-            raw = copy.storage.read(problem.object, 0, 3 * MAX_JSON)
-            _is_whole(copy, problem.object, raw)
+            raw = copy.storage.read(name, 0, 3 * MAX_JSON)
+            _is_whole(copy, name, raw)
         except (NotFound, IntegrityError):
             continue
-        _out_of_the_way(repository, problem.object)
+        _out_of_the_way(repository, name)
         try:
-            repository.storage.create(problem.object, raw)
+            repository.storage.create(name, raw)
         except AlreadyExists:
             continue
-        healed.objects.append(problem.object)
+        healed.objects.append(name)
     return healed
 
 

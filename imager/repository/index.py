@@ -154,7 +154,10 @@ def rebuild(repository: Repository, reporter: Reporter) -> tuple[list[str], list
     names = sorted(repository.pack_names(KIND_DATA))
     reporter.phase("rebuilding the index", None)
     for name in names:
-        fd = storage.open(pack_object(KIND_DATA, name))
+        try:
+            fd = storage.open(pack_object(KIND_DATA, name))
+        except NotFound:
+            continue  # A prune has deleted it since it was listed.
         try:
             known.add_pack(repository.names.intern(name), _native.pack_records(fd, name, repository.id))
         except (_native.DamagedError, OSError) as error:

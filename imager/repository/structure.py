@@ -64,12 +64,22 @@ def _secrets(found: Survey) -> None:
     if not repository.sealed:
         return
     storage = repository.storage
-    for slot in Opening.slot_ids(storage):
+    slots = Opening.slot_ids(storage)
+    if not slots:
+        lost = "no key slot is left: nothing can be opened without one"
+        found.problems.append(Problem("slot", SLOTS, lost))
+            Problem("slot", SLOTS, "no key slot is left: nothing can be opened without one")
+        )
+    for slot in slots:
         try:
             keys.parse_slot(storage.read(SLOTS + slot, 0, MAX_SMALL_JSON + 1), slot, repository.id)
         except (IntegrityError, NotFound) as error:
             found.problems.append(Problem("slot", SLOTS + slot, error.message))
     present = numbered(storage.list_names(EPOCHS))
+    if not present and not repository.secrets.epochs:
+        found.problems.append(
+            Problem("epoch", EPOCHS, "no key epoch is left; backups need one, restores do not")
+        )
     verify_key = bytes.fromhex(repository.config.verify_key)
     for number in sorted({*present, *repository.secrets.epochs}):
         name = keys.epoch_name(number)
@@ -154,7 +164,8 @@ def _packs(found: Survey) -> None:
         name_text = path.rpartition("/")[2]
         if is_pack_name(name_text):
             number = repository.names.intern(bytes.fromhex(name_text))
-            found.aside.add(number)
+            if path.removeprefix(DAMAGED) not in found.sizes:  # Else a repair was killed, or it is back.
+                found.aside.add(number)
             if path.startswith(DAMAGED + MAPS):
                 found.maps.add(number)
 
