@@ -68,8 +68,6 @@ def _secrets(found: Survey) -> None:
     if not slots:
         lost = "no key slot is left: nothing can be opened without one"
         found.problems.append(Problem("slot", SLOTS, lost))
-            Problem("slot", SLOTS, "no key slot is left: nothing can be opened without one")
-        )
     for slot in slots:
         try:
             keys.parse_slot(storage.read(SLOTS + slot, 0, MAX_SMALL_JSON + 1), slot, repository.id)

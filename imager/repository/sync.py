@@ -24,7 +24,7 @@ from imager.repository.repository import Repository
 from imager.repository.sync_plan import Refused, SyncPlan, Wishes, plan
 from imager.repository.transfer import IN_FLIGHT, Copied, copy_packs, copy_records, copy_small
 from imager.storage.base import Storage
-from imager.storage.errors import NotFound
+from imager.storage.errors import NotFound, StorageError
 
 __all__ = ["Refused", "SyncPlan", "SyncSummary", "Wishes", "execute", "plan", "sync"]
 
@@ -110,6 +110,11 @@ def execute(
     done = _Done(notes=list(first.notes))
     done.refuse(first.refused)
     todo = first
+    if not (first.empty or first.creates):
+        try:
+            target.sweep()  # or syncs that are killed again and again would fill the disk
+        except StorageError:
+            pass  # Tidying up is no condition of a copy; what really is wrong, the next call tells.
     for _ in range(_ROUNDS):
         if todo.empty:
             break
