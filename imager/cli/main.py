@@ -35,6 +35,9 @@ VERBS = (
     "verify",
     "check",
     "restore",
+    "forget",
+    "pin",
+    "prune",
     "lab",
     "completion",
 )

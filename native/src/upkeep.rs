@@ -56,6 +56,8 @@ pub struct Marks {
     pages: HashSet<(u32, u32)>,
     /// Block references whose record could not be found anywhere.
     pub lost: u64,
+    /// Bytes of the pages that were read.
+    pub read: u64,
 }
 
 /// How much of a pack lives: records, their bytes, and the bytes that the newest sets need.
@@ -72,8 +74,13 @@ impl Marks {
     }
 
     /// A page is going to be read; false where it was read before.
-    pub fn visit(&mut self, pack: u32, offset: u32) -> bool {
+    fn visit(&mut self, pack: u32, offset: u32) -> bool {
         self.pages.insert((pack, offset))
+    }
+
+    /// How many pages were read.
+    pub fn pages(&self) -> usize {
+        self.pages.len()
     }
 
     /// Packs that hold live records.
@@ -153,17 +160,22 @@ impl MapPack {
     }
 
     /// Read a page, which must be of this level; mark it, and the blocks that it refers to. The
-    /// pages that it refers to.
+    /// pages that it refers to; None where this record was read before.
     pub fn mark(
         &self, fd: Fd, page: Child, level: u8, search: &Search, marks: &mut Marks, newest: bool,
-    ) -> Result<Vec<Child>> {
+    ) -> Result<Option<Vec<Child>>> {
         let (id, place) = page;
         let at = self.lines.binary_search_by_key(&place.offset, |line| line.offset);
         let Some(line) = at.ok().map(|at| &self.lines[at]).filter(|line| line.id == id) else {
             return damaged("another record lies in its place");
         };
+        // Only now: a stale reference may name the place of another page, which is no sign of this one.
+        if !marks.visit(place.pack, place.offset) {
+            return Ok(None);
+        }
         let mut record = vec![0; line.length as usize];
         fd.read_exact_at(&mut record, u64::from(line.offset))?;
+        marks.read += u64::from(line.length);
         if record.len() < HEAD + 4 || b3(&[&record[HEAD..]]) != line.digest {
             return damaged("its record is damaged");
         }
@@ -176,7 +188,7 @@ impl MapPack {
         marks.add(Place { length: line.length, ..place }, newest)?;
         let targets = public.1.into_iter().map(|slot| (slot.id, slot.place));
         if level > 0 {
-            return Ok(targets.collect());
+            return Ok(Some(targets.collect()));
         }
         for (id, place) in targets {
             match search.resolve(&id, place) {
@@ -184,7 +196,7 @@ impl MapPack {
                 None => marks.lost += 1,
             }
         }
-        Ok(Vec::new())
+        Ok(Some(Vec::new()))
     }
 }
 
