@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from imager import _native
-from imager.errors import IntegrityError, StorageError, UsageError
+from imager.errors import IntegrityError, Locked, StorageError, UsageError
 from imager.events import Reporter
 from imager.repository import index, prune_plan, sessions
 from imager.repository.format import (
@@ -187,13 +187,21 @@ class Prune:
 
     def _look(self) -> View:
         """See what there is and mark what lives. Raises `IntegrityError` where that cannot be told."""
-        if self._marker is not None:
-            self._marker.close()
         view = look(self.repository)
-        self._view = view
-        self._marker = Marker(self.repository, view, self.reporter)
-        self._marked = self._marker.mark(view.sets)
-        damage = describe_damage(view.damaged, self._marked)
+        for _ in range(_ROUNDS):
+            self._mark(view)
+            damage = describe_damage(view.damaged, self._marked)
+            if not damage:
+                break
+            # Sets may have been forgotten meanwhile, and pages moved: what is damaged stays so.
+            before, view = view, look(self.repository)
+            if before == view:
+                break
+        else:
+            raise Locked(
+                "others forget and prune here at the same time, too much to tell what lives",
+                hint="run it again when they have ended",
+            )
         if damage and not self.options.despite_damage:
             raise IntegrityError(
                 f"it cannot be told what lives: {damage[0]}"
@@ -208,6 +216,13 @@ class Prune:
                 hint="imager check tells which image sets that concerns",
             )
         return view
+
+    def _mark(self, view: View) -> None:
+        if self._marker is not None:
+            self._marker.close()
+        self._view = view
+        self._marker = Marker(self.repository, view, self.reporter)
+        self._marked = self._marker.mark(view.sets)
 
     # --- carrying out -----------------------------------------------------------------------
 

@@ -153,7 +153,8 @@ def _sessions(found: Survey) -> None:
                 f"session {session} of {value.host} (process {value.pid}) has no image set: "
                 f"its {value.kind} still runs, or it ended early"
             )
-    for session in sorted(done - names):
+    # Where a set is being forgotten, its announcement goes first.
+    for session in sorted(done - names - tombstones.forgotten_ids(found.repository)):
         found.problems.append(
             Problem("session", SESSIONS + session, "the announcement of an image set's writer is missing")
         )
