@@ -29,8 +29,6 @@ import imager.engine.verify
 import imager.repository.check
 import imager.repository.forgetting
 import imager.repository.keyless
-import imager.repository.prune
-import imager.storage.open
 from imager.cli.main import VERBS
 from imager.storage.base import Staged, Storage
 

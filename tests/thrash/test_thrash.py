@@ -1,4 +1,4 @@
-"""Writers, restorers, forget, prune and check on one repository, killed at random, in orders that a seed decides.
+"""Writers, restorers, forget, prune and check on one repository, killed as a seed says.
 
     python -m pytest tests/thrash -q --minutes 10
     python -m pytest tests/thrash -q --thrash-seed 1234   # a round that failed, again

@@ -29,7 +29,9 @@ def zone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 def chain(times: list[int], **more: frozenset[str]) -> list[Candidate]:
-    return [Candidate(f"s{n}", n, created, more.get(f"s{n}", frozenset())) for n, created in enumerate(times, 1)]
+    return [
+        Candidate(f"s{n}", n, created, more.get(f"s{n}", frozenset())) for n, created in enumerate(times, 1)
+    ]
 
 
 def kept(verdicts: list[Verdict]) -> set[str]:
@@ -40,7 +42,7 @@ def kept(verdicts: list[Verdict]) -> set[str]:
 
 
 def oracle(times: list[int], rules: Rules) -> set[int]:
-    """Positions that stay: written anew from the documented meaning, set by set, by brute force.
+    """Positions that stay: written anew from the documented meaning, by brute force.
 
     A rule walks the periods from the newest to the oldest; in each period that has no set kept by then, it
     takes the newest set, until it has taken as many as it may.
