@@ -105,21 +105,25 @@ class PrunePlan:
     def describe(self) -> list[str]:
         """The plan in lines for a person."""
         lines = [
-            f"{self.packs} packs, {format_size(self.stored)}: {format_size(self.live)} live, "
+            f"{_packs(self.packs)}, {format_size(self.stored)}: {format_size(self.live)} live, "
             f"{format_size(self.unused)} unused",
-            f"delete {len(self.drop)} packs that hold nothing live: "
+            f"delete {_packs(len(self.drop))} that hold nothing live: "
             f"{format_size(sum(pack.size for pack in self.drop))}",
-            f"rewrite {len(self.rewrite)} packs: copy {format_size(self.copied)}, "
+            f"rewrite {_packs(len(self.rewrite))}: copy {format_size(self.copied)}, "
             f"free {format_size(sum(pack.unused for pack in self.rewrite))}",
             f"leave {format_size(self.left)} unused",
         ]
         if self.condemned:
-            lines.append(f"delete {self.condemned} packs that an earlier prune has condemned")
+            lines.append(f"delete {_packs(self.condemned)} that an earlier prune has condemned")
         if self.busy:
-            lines.append(f"leave {self.busy} packs alone: their writer may still be at work")
+            lines.append(f"leave {_packs(self.busy)} alone: their writer may still be at work")
         lines += [f"declare dead: {who}" for who in self.fence]
         lines += [f"still without an outcome: {who}" for who in self.waiting]
         return lines
+
+
+def _packs(number: int) -> str:
+    return "1 pack" if number == 1 else f"{number} packs"
 
 
 def parse_limit(text: str) -> tuple[float | None, int]:

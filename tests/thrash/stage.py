@@ -28,7 +28,6 @@ import imager.engine.restore
 import imager.engine.verify
 import imager.repository.check
 import imager.repository.forgetting
-import imager.repository.keyless
 from imager.cli.main import VERBS
 from imager.storage.base import Staged, Storage
 

@@ -98,6 +98,9 @@ def command(
 
 
 def _print(shell: Shell, plan: ForgetPlan, summary: ForgetSummary | None) -> None:
+    if shell.json and summary is not None:
+        shell.message("summary", summary)
+        return
     if shell.json:
         lineages = [
             {
@@ -117,8 +120,6 @@ def _print(shell: Shell, plan: ForgetPlan, summary: ForgetSummary | None) -> Non
             for lineage in plan.lineages
         ]
         shell.message("plan", {"lineages": lineages, "damaged": plan.damaged})
-        if summary is not None:
-            shell.message("summary", summary)
         return
     for line in plan.describe():
         shell.print(line)

@@ -84,6 +84,9 @@ def command(
 
 
 def _print(shell: Shell, plan: PrunePlan, summary: PruneSummary | None) -> None:
+    if shell.json and summary is not None:
+        shell.message("summary", summary)
+        return
     if shell.json:
         shell.message(
             "plan",
@@ -103,8 +106,6 @@ def _print(shell: Shell, plan: PrunePlan, summary: PruneSummary | None) -> None:
                 "fence": plan.fence,
             },
         )
-        if summary is not None:
-            shell.message("summary", summary)
         return
     for line in plan.describe():
         shell.print(line)

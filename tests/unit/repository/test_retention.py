@@ -44,8 +44,8 @@ def kept(verdicts: list[Verdict]) -> set[str]:
 def oracle(times: list[int], rules: Rules) -> set[int]:
     """Positions that stay: written anew from the documented meaning, by brute force.
 
-    A rule walks the periods from the newest to the oldest; in each period that has no set kept by then, it
-    takes the newest set, until it has taken as many as it may.
+    A rule walks the periods from the newest to the oldest; in each period that has no set kept by
+    then, it takes the newest set, until it has taken as many as it may.
     """
     stay: set[int] = set()
     order = sorted(range(len(times)), key=lambda at: -times[at])
