@@ -162,8 +162,6 @@ class Marks:
     """Which records live, by pack number. 8 bytes of memory for each. Thread-safe."""
 
     def __init__(self) -> None: ...
-    def visit(self, pack: int, offset: int) -> bool:
-        """A page is going to be read; False where it was read before."""
     def packs(self) -> list[int]:
         """Packs that hold live records."""
     def extent(self, pack: int) -> tuple[int, int, int]:
@@ -172,6 +170,10 @@ class Marks:
         """Where the live records begin, in order: those that a newest set needs, or the others."""
     lost: int
     """References to blocks that were found nowhere."""
+    read: int
+    """Bytes of the pages that were read."""
+    pages: int
+    """How many pages those are."""
 
 class MapPack:
     """A map pack whose frame was read and checked, to take pages from."""
@@ -191,12 +193,13 @@ class MapPack:
         stranded: Known,
         marks: Marks,
         newest: bool,
-    ) -> list[tuple[bytes, int, int, int]]:
+    ) -> list[tuple[bytes, int, int, int]] | None:
         """Read the page `id` in this pack (number `pack`); mark it and, on level 0, its blocks.
 
         A block counts where the page says, if that pack is present in `names`; else where
         `known` has it, else where `stranded` has it. Returns (id, pack, offset, length) of the pages
-        below. Raises DamagedError where another record lies there, or a damaged one; OSError."""
+        below, None where this record was read before. Raises DamagedError where another record lies
+        there, or a damaged one; OSError."""
 
 class Merged:
     """A pack put together out of others."""

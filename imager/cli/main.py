@@ -36,6 +36,9 @@ VERBS = (
     "check",
     "sync",
     "restore",
+    "forget",
+    "pin",
+    "prune",
     "lab",
     "completion",
 )

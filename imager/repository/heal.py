@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from imager import _native
 from imager.errors import IntegrityError
-from imager.repository import imageset, index, missing, sync_plan
+from imager.repository import imageset, index, missing, sync_objects, sync_plan
 from imager.repository.announce import Announcement
 from imager.repository.findings import Problem
 from imager.repository.format import (
@@ -141,7 +141,7 @@ def _is_whole(copy: Repository, name: str, raw: bytes) -> None:
     elif name.startswith(SESSIONS):
         parse_session(raw[: MAX_SMALL_JSON + 1], own, copy.config.repository)
     else:
-        sync_plan.verify_small(copy, name, raw)
+        sync_objects.verify_small(copy, name, raw)
 
 
 def _out_of_the_way(repository: Repository, name: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 
@@ -119,7 +119,8 @@ def check_name(name: str) -> str:
 # --- reading ---------------------------------------------------------------------------
 
 
-def _raws(repository: Repository) -> Iterable[tuple[str, bytes]]:
+def raw_sets(repository: Repository) -> Iterable[tuple[str, bytes]]:
+    """(id, bytes) of what lies at each set's place: manifests and abort marks. Raises `StorageError`."""
     for name in repository.storage.list_names(SETS):
         set_id = name.removeprefix(SETS)
         if not is_id(set_id):
@@ -137,7 +138,7 @@ def heads(repository: Repository) -> tuple[list[Head], list[Damaged]]:
     """
     found: list[Head] = []
     damaged: list[Damaged] = []
-    for set_id, raw in _raws(repository):
+    for set_id, raw in raw_sets(repository):
         if is_abort_mark(raw):
             continue
         try:
@@ -157,7 +158,7 @@ def list_sets(repository: Repository) -> Listing:
     sets: list[Manifest] = []
     damaged: list[Damaged] = []
     aborted: list[str] = []
-    for set_id, raw in _raws(repository):
+    for set_id, raw in raw_sets(repository):
         if is_abort_mark(raw):
             aborted.append(set_id)
             continue
@@ -200,8 +201,16 @@ def _order(head: Head) -> tuple[int, int, str]:
     return head.sequence, head.created, head.id
 
 
-def chain_problems(listing: Listing, absent: Collection[str] = ()) -> list[tuple[str, str]]:
-    """Where the chain of a lineage is broken: (set id, what is wrong). `absent`: sets left out on purpose."""
+def chain_problems(
+    listing: Listing,
+    forgotten: Callable[[str], str | None] = lambda _: None,
+    absent: Collection[str] = (),
+) -> list[tuple[str, str]]:
+    """Where the chain of a lineage is broken: (set id, what is wrong).
+
+    `forgotten`: gives the digest of a set that was forgotten on purpose; asked only where one is missing.
+    `absent`: sets that whoever made this copy left out on purpose.
+    """
     sets = {manifest.id: manifest for manifest in listing.sets}
     unusable = {problem.id for problem in listing.problems}
     problems: list[tuple[str, str]] = []
@@ -210,7 +219,7 @@ def chain_problems(listing: Listing, absent: Collection[str] = ()) -> list[tuple
         if previous is None or previous.set in unusable:
             continue  # A damaged predecessor is a problem of its own.
         before = sets.get(previous.set)
-        if before is None and previous.set in absent:
+        if before is None and (previous.set in absent or forgotten(previous.set) == previous.digest):
             continue
         if before is None:
             problems.append((manifest.id, f"the image set before it, {previous.set}, is missing"))

@@ -7,21 +7,23 @@ Invariant: an index segment is a hint. A damaged or missing one costs space
 from __future__ import annotations
 
 import os
+import struct
+from collections.abc import Collection, Iterator
 
 from imager import _native
 from imager.errors import IntegrityError
 from imager.events import Reporter
 from imager.repository import sessions
-from imager.repository.format import INDEX, KIND_DATA, MAX_PACK, is_pack_name, pack_object
+from imager.repository.format import INDEX, KIND_DATA, KIND_MAP, is_pack_name, pack_object
 from imager.repository.packs import PackAccess
 from imager.repository.repository import Repository
 from imager.repository.session import Session
-from imager.storage.base import Storage
-from imager.storage.errors import Gone, NotFound, StorageError
+from imager.storage.errors import AlreadyExists, Gone, NotFound, StorageError
 
-_HEADER = 4096
-_NAMES = 64 << 10
-"So many bytes of pack names are read along with a segment's header."
+_HEADER = struct.Struct("<8sHHIQQ16sQQQ")
+_ENTRY = struct.Struct("<20sIII")
+_PAGE, _PER_PAGE, _AT_ONCE = 4096, 127, 256
+
 SEGMENT_ENTRIES = 1 << 20
 "Write a segment once this many entries are pending: 32 MiB of them."
 
@@ -85,26 +87,6 @@ def load_one(repository: PackAccess, known: _native.Known, name: str) -> int:
         raise StorageError(f"reading {name} failed: {error.strerror}") from error
     finally:
         os.close(fd)
-
-
-def named_packs(storage: Storage, name: str) -> set[bytes]:
-    """Names of the packs that a segment speaks of, by its header alone; none where that is damaged.
-
-    Raises `StorageError`.
-    """
-    try:
-        head = storage.read(name, 0, _HEADER + _NAMES)
-        if len(head) < _HEADER or head[:8] != b"IMGRINDX":
-            return set()
-        size = 32 * int.from_bytes(head[12:16], "little")
-        if not 0 < size <= MAX_PACK:
-            return set()
-        listed = head[_HEADER:] if size + 8 <= len(head) - _HEADER else storage.read(name, _HEADER, size + 8)
-    except NotFound:
-        return set()
-    if int.from_bytes(listed[size : size + 8], "little") != _native.xxh3(listed[:size]):
-        return set()
-    return {listed[at : at + 32] for at in range(0, size, 32)}
 
 
 def segment_name(data: bytes) -> str:
@@ -175,3 +157,120 @@ def rebuild(repository: Repository, reporter: Reporter) -> tuple[list[str], list
         except NotFound:
             continue
     return made, dropped
+
+
+# --- upkeep -------------------------------------------------------------------------------
+
+
+def _names_in(repository: PackAccess, segment: str) -> list[bytes]:
+    """The packs that a segment names. Raises `IntegrityError`, `NotFound`, `StorageError`."""
+    header = repository.storage.read(segment, 0, _HEADER.size)
+    what = f"index segment {segment.removeprefix(INDEX)}"
+    if len(header) < _HEADER.size or _native.xxh3(header[:-8]) != int.from_bytes(header[-8:], "little"):
+        raise IntegrityError(f"{what} is damaged: its header is")
+    magic, _, _, count, *_ = _HEADER.unpack(header)
+    listed = repository.storage.read(segment, _PAGE, 32 * count + 8)
+    names, check = listed[:-8], listed[-8:]
+    if (
+        magic != b"IMGRINDX"
+        or len(names) != 32 * count
+        or _native.xxh3(names) != int.from_bytes(check, "little")
+    ):
+        raise IntegrityError(f"{what} is damaged: its list of packs is")
+    return [names[at : at + 32] for at in range(0, len(names), 32)]
+
+
+def packs_named(repository: PackAccess) -> frozenset[bytes]:
+    """The packs that index segments name. Damaged segments are left out. Raises `StorageError`."""
+    found: set[bytes] = set()
+    for segment in segment_names(repository):
+        try:
+            found.update(_names_in(repository, segment))
+        except (IntegrityError, NotFound):
+            continue
+    return frozenset(found)
+
+
+def thin(repository: Repository, reporter: Reporter) -> tuple[int, int]:
+    """Write segments that name packs which are gone anew without them: (segments dropped, made).
+
+    A damaged segment is left alone, with a warning. May run beside anything. Raises `StorageError`.
+    """
+    storage = repository.storage
+    segments = segment_names(repository)
+    # After the segments: whatever those name was there before them, unless it is gone.
+    present = {*repository.pack_names(KIND_DATA), *repository.pack_names(KIND_MAP)}
+    stale: list[str] = []
+    for segment in segments:
+        try:
+            if not present.issuperset(_names_in(repository, segment)):
+                stale.append(segment)
+        except NotFound:
+            continue
+        except IntegrityError as error:
+            reporter.warn(error.message, hint="nothing is lost; imager check --repair makes the index anew")
+    made: set[str] = set()
+    dropped: list[str] = []
+    names = _native.Names()
+    known = _native.Known(names)
+
+    def write() -> None:
+        data = known.segment(repository.id)
+        if data is not None:
+            name = segment_name(data)
+            try:
+                storage.create(name, data)
+            except AlreadyExists:
+                pass  # Its name is the digest of its content.
+            made.add(name)
+            known.forget()
+
+    for segment in stale:
+        try:
+            for pack, records in _entries(repository, segment, present):
+                known.add_pack(names.intern(pack), records)
+        except NotFound:
+            continue
+        except IntegrityError as error:
+            reporter.warn(error.message, hint="nothing is lost; imager check --repair makes the index anew")
+            continue
+        dropped.append(segment)
+        if known.pending >= SEGMENT_ENTRIES:
+            write()
+    write()
+    for segment in dropped:
+        if segment not in made:
+            try:
+                storage.delete(segment)
+            except NotFound:
+                continue
+    return len(dropped), len(made)
+
+
+def _entries(
+    repository: Repository, segment: str, present: Collection[bytes]
+) -> Iterator[tuple[bytes, list[tuple[int, bytes, int, int]]]]:
+    """The entries of packs that are there, by pack, some pages at a time.
+
+    Raises `IntegrityError`, `StorageError`.
+    """
+    names = _names_in(repository, segment)
+    what = f"index segment {segment.removeprefix(INDEX)} is damaged"
+    count, start = _HEADER.unpack(repository.storage.read(segment, 0, _HEADER.size))[4:6]
+    pages = -(-count // _PER_PAGE)
+    for first in range(0, pages, _AT_ONCE):
+        wanted = min(_AT_ONCE, pages - first) * _PAGE
+        data = repository.storage.read(segment, start + first * _PAGE, wanted)
+        if len(data) != wanted:
+            raise IntegrityError(f"{what}: it is cut short")
+        found: dict[bytes, list[tuple[int, bytes, int, int]]] = {}
+        for at in range(0, wanted, _PAGE):
+            page = data[at : at + _PAGE]
+            check, entries = int.from_bytes(page[:8], "little"), int.from_bytes(page[8:10], "little")
+            if check != _native.xxh3(page[8:]) or entries > _PER_PAGE:
+                raise IntegrityError(f"{what}: a page of it is")
+            for key, pack, offset, length in _ENTRY.iter_unpack(page[32 : 32 + 32 * entries]):
+                if pack < len(names) and (name := names[pack]) in present:
+                    # An index keeps 20 bytes of an id, and asks for no more.
+                    found.setdefault(name, []).append((1, key + bytes(12), offset, length))
+        yield from found.items()

@@ -9,16 +9,9 @@ more than one set for each that was added in truth.
 from __future__ import annotations
 
 import bisect
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-
-from imager.errors import UsageError
-
-_DURATION = re.compile(r"(\d+)([hdwmy])")
-_HOURS = {"h": 1, "d": 24, "w": 7 * 24, "m": 31 * 24, "y": 366 * 24}
-_HOUR = 3_600_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,17 +68,6 @@ class _Work:
         self.kept.setdefault(candidate.id, []).append(reason)
 
 
-def parse_duration(text: str) -> int:
-    """Microseconds of `12h`, `7d`, `2w`, `6m` (of 31 days), `1y` (of 366), or several: `1y6m`. Raises `UsageError`."""
-    parts = _DURATION.findall(text)
-    if not parts or "".join(number + unit for number, unit in parts) != text:
-        raise UsageError(f"not a duration: {text!r}", hint="write 12h, 7d, 2w, 6m or 1y, or several: 1y6m")
-    total = sum(int(number) * _HOURS[unit] for number, unit in parts) * _HOUR
-    if not 0 < total < 1 << 62:
-        raise UsageError(f"not a duration: {text!r}", hint="it must be longer than nothing and shorter than ages")
-    return total
-
-
 def judge(
     candidates: Sequence[Candidate], rules: Rules, *, pinned: Collection[str] = (), now: int
 ) -> list[Verdict]:
@@ -116,7 +98,11 @@ def judge(
 
 def _doubts(order: Sequence[Candidate], now: int) -> dict[str, str]:
     """Sets whose time does not fit, by id: as few as can be left out so that the others are in order."""
-    doubts = {one.id: "it was made in the future, as this machine's clock has it" for one in order if one.created > now}
+    doubts = {
+        one.id: "it was made in the future, as this machine's clock has it"
+        for one in order
+        if one.created > now
+    }
     rest = [one for one in reversed(order) if one.id not in doubts]
     # The longest part of the chain in which times increase.
     ends: list[int] = []

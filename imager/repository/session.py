@@ -139,9 +139,7 @@ class Session:
             )
             self._handle = repository.adopt_key(self.envelope, cipher, self.key)
         # Durable before anything is looked at that this writer is going to count on.
-        sessions.announce(
-            repository.storage, repository.config.repository, self.id, host=host, epoch=epoch
-        )
+        sessions.announce(repository.storage, repository.config.repository, self.id, host=host, epoch=epoch)
         self._publisher = _Publisher()
 
         def tidy() -> None:

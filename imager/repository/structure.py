@@ -12,18 +12,20 @@ import struct
 from imager import _native
 from imager.errors import IntegrityError
 from imager.events import Reporter
-from imager.repository import absent, imageset, index, keys, references
+from imager.repository import absent, imageset, index, keys, references, sessions, tombstones
 from imager.repository.findings import Problem, Survey
 from imager.repository.format import (
     DAMAGED,
     EPOCHS,
     FOOTER,
+    FORGOTTEN,
     INDEX,
     KIND_DATA,
     KIND_MAP,
     MAPS,
     MAX_SMALL_JSON,
     PACKS,
+    PINS,
     SESSIONS,
     SLOTS,
     TRAILER_ENTRY,
@@ -103,11 +105,46 @@ def _sets(found: Survey) -> None:
     lacking = sorted(left_out - {manifest.id for manifest in listing.sets})
     if lacking:
         found.notes.append(f"{len(lacking)} image sets were left out of this copy: {', '.join(lacking[:3])}")
-    for set_id, text in imageset.chain_problems(listing, left_out):
+    forgotten = tombstones.digests(found.repository)
+    for set_id, text in imageset.chain_problems(listing, forgotten, left_out):
         found.problems.append(Problem("chain", f"sets/{set_id}", text))
     witness = Witness(found.repository.place)
-    for text in witness.observe(listing.sets, damaged=[damaged.id for damaged in listing.problems]):
+    damaged_ids = [damaged.id for damaged in listing.problems]
+    for text in witness.observe(listing.sets, damaged=damaged_ids, forgotten=forgotten):
         found.problems.append(Problem("history", "the repository", text))
+    _upkeep(found)
+
+
+def _upkeep(found: Survey) -> None:
+    """Tombstones, pins, and packs that are condemned."""
+    repository = found.repository
+    present = {manifest.id for manifest in found.listing.sets}
+    for set_id in sorted(tombstones.forgotten_ids(repository)):
+        try:
+            tombstones.read_tombstone(repository, set_id)
+        except IntegrityError as error:
+            found.problems.append(Problem("tombstone", FORGOTTEN + set_id, error.message))
+            continue
+        if set_id in present:
+            found.notes.append(f"image set {set_id} was to be forgotten and is still there: forget it again")
+    for set_id in sorted(tombstones.pinned(repository)):
+        try:
+            tombstones.read_pin(repository, set_id)
+        except (IntegrityError, NotFound) as error:
+            found.problems.append(Problem("pin", PINS + set_id, error.message))
+            continue
+        if set_id not in present:
+            found.notes.append(f"{PINS}{set_id} pins an image set that is not there")
+    try:
+        condemned = sessions.read_condemned(repository.storage, repository.config.repository)
+    except IntegrityError as error:
+        found.problems.append(Problem("condemned", "condemned/", error.message))
+        return
+    if condemned:
+        packs = sum(len(one.packs) + len(one.maps) for one in condemned.values())
+        found.notes.append(
+            f"{packs} packs are condemned: the next prune deletes them, once older sessions have ended"
+        )
 
 
 def _sessions(found: Survey) -> None:
@@ -128,7 +165,8 @@ def _sessions(found: Survey) -> None:
                 f"session {session} of {value.host} (process {value.pid}) has no image set: "
                 f"its {value.kind} still runs, or it ended early"
             )
-    for session in sorted(done - names):
+    # Where a set is being forgotten, its announcement goes first.
+    for session in sorted(done - names - tombstones.forgotten_ids(found.repository)):
         found.problems.append(
             Problem("session", SESSIONS + session, "the announcement of an image set's writer is missing")
         )

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from imager import _native
 from imager.errors import IntegrityError, Locked
 from imager.events import Reporter
-from imager.repository import absent, index, sync_plan
+from imager.repository import absent, index, sync_objects, sync_plan
 from imager.repository.announce import Announcement
 from imager.repository.format import CONFIG, EPOCHS, MAPS, SESSIONS, SETS, SLOTS
 from imager.repository.manifest import MAX_MANIFEST, is_abort_mark, is_sealed
@@ -173,7 +173,7 @@ def _create(source: Repository, target: Storage, done: _Done) -> None:
 
 def _copy_key(source: Repository, target: Storage, name: str) -> bool:
     raw = source.storage.read(name)
-    sync_plan.verify_small(source, name, raw)
+    sync_objects.verify_small(source, name, raw)
     return copy_small(source.storage, target, name, raw)
 
 

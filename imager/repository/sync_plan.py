@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from imager.errors import IntegrityError, NoRepository, UsageError
-from imager.repository import imageset, index, keys, manifest, sessions
+from imager.repository import imageset, index, manifest, sessions, sync_objects
 from imager.repository.format import (
     CONFIG,
     EPOCHS,
@@ -34,7 +34,8 @@ from imager.repository.format import (
     tombstone_message,
     unhex,
 )
-from imager.repository.manifest import MAX_MANIFEST, Public
+from imager.repository.keyless import open_keyless
+from imager.repository.manifest import Public
 from imager.repository.public import PublicPage, PublicReader, upper_ids, walk
 from imager.repository.repository import Repository
 from imager.storage.base import Storage
@@ -75,7 +76,7 @@ class Refused:
 class SyncPlan:
     """What a sync will copy. Objects by name; sets by id, in the order in which they are made.
 
-    `renamed`: packs that the target has but is about to delete: they are stored again under other names.
+    `renamed`: packs that the target is about to delete, or may be: they are stored under other names.
     `objects`: slots, epochs, abort marks, tombstones, announcements. `unindexed`: packs that the target
     has and no index of it names. `absent`: predecessors that the target will lack. `bytes`: of the packs.
     """
@@ -118,6 +119,8 @@ class Planning:
     "Packs and map packs of the target, but none that a prune is about to delete."
     doomed: set[str] = field(default_factory=set)
     "Those that it is."
+    pruned: bool = False
+    "Whether a prune of the target has no end yet."
     relies: set[str] = field(default_factory=set)
     target_sets: set[str] = field(default_factory=set)
     publics: dict[str, Public] = field(default_factory=dict)
@@ -144,6 +147,7 @@ def begin(source: Repository, target: Storage) -> Planning:
         there = {name for prefix in (PACKS, MAPS) for name in target.list_names(prefix)}
         planning.doomed = condemned(target, source.config.repository) & there
         planning.there = there - planning.doomed
+        planning.pruned = pruned(target, source.config.repository)
         planning.target_sets = {name.removeprefix(SETS) for name in target.list_names(SETS)}
     return planning
 
@@ -155,8 +159,16 @@ def condemned(storage: Storage, repository: str) -> set[str]:
     return packs | {pack_object(KIND_MAP, name) for one in found for name in one.maps}
 
 
+def pruned(storage: Storage, repository: str) -> bool:
+    """Whether somebody prunes there, or did and has no end: it may be asleep. Raises `StorageError`."""
+    found = sessions.open_sessions(storage, repository)
+    return any(one.told is None or one.told.kind == "prune" for one in found)
+
+
 def still_holds(made: SyncPlan, target: Storage) -> bool:
     """Whether the target still has what the plan relies on: asked once a session is announced there."""
+    if (made.packs or made.maps) and pruned(target, made.repository):
+        return False  # They need other names now.
     if not made.relies:
         return True
     there = {name for prefix in (SETS, PACKS, MAPS) for name in target.list_names(prefix)}
@@ -236,7 +248,7 @@ def _plan(planning: Planning, wishes: Wishes) -> SyncPlan:
     raws = _manifests(planning, refused)
     chosen = _choose(planning, raws, wishes)
     new = [set_id for set_id in chosen if set_id not in planning.target_sets]
-    new, notes = _not_forgotten(planning, new, wishes)
+    new, notes = sync_objects.not_forgotten(planning, new, wishes)
     needs = _needs(planning, new, refused)
     lacking = {item.object.removeprefix(SETS) for item in refused}
     new = [set_id for set_id in new if set_id not in lacking]
@@ -244,7 +256,10 @@ def _plan(planning: Planning, wishes: Wishes) -> SyncPlan:
     packs = sorted(needs.packs - planning.there - planning.doomed)
     maps = sorted(needs.maps - planning.there - planning.doomed)
     renamed = sorted(needed & planning.doomed)
-    objects, tombs = _small(planning, new, [one for one in chosen if one in planning.target_sets])
+    if planning.pruned:
+        # Whoever prunes there may sleep, and delete later what it once condemned: by its old name.
+        packs, maps, renamed = [], [], sorted(needed - planning.there)
+    objects, tombs = sync_objects.lacking(planning, new, [one for one in chosen if one in planning.target_sets])
     unindexed = _unindexed(planning, needs.packs & planning.there)
     coming = {*new, *planning.target_sets, *tombs}
     before = (planning.publics[set_id].previous for set_id in new)
@@ -264,7 +279,7 @@ def _plan(planning: Planning, wishes: Wishes) -> SyncPlan:
         absent=tuple(sorted(absent)),
         bytes=sum(planning.sizes[name] for name in (*packs, *maps, *renamed)),
         refused=tuple(refused),
-        notes=(*_notes(planning), *notes),
+        notes=(*sync_objects.notes(planning), *notes),
         relies=frozenset(planning.relies | (needed & planning.there)),
     )
 
@@ -411,91 +426,10 @@ def _look_elsewhere(planning: Planning, page: PublicPage, gone: set[bytes], need
         needs.lost.append(f"{len(lost)} blocks of pack {lost[0].pack.hex()}, which is missing")
 
 
-# --- the small objects ------------------------------------------------------------------------
-
-
-def _not_forgotten(planning: Planning, new: list[str], wishes: Wishes) -> tuple[list[str], list[str]]:
-    """The new sets without those that were forgotten in the target on purpose, and a note of them."""
-    if planning.creates or wishes.sets:
-        return new, []
-    forgotten = {name.removeprefix(FORGOTTEN) for name in planning.target.list_names(FORGOTTEN)}
-    kept = [set_id for set_id in new if set_id not in forgotten]
-    if len(kept) == len(new):
-        return new, []
-    number = len(new) - len(kept)
-    return kept, [f"{number} sets were forgotten in the copy and stay so; --set ID copies one all the same"]
-
-
-def _small(planning: Planning, new: Sequence[str], present: Sequence[str]) -> tuple[list[str], set[str]]:
-    """Slots, epochs, abort marks, tombstones and announcements that the target lacks; ids with tombstones."""
-    source, target = planning.source, planning.target
-    lacking: list[str] = []
-    for prefix in (SLOTS, EPOCHS):
-        there = set() if planning.creates else set(target.list_names(prefix))
-        lacking += sorted(set(source.storage.list_names(prefix)) - there)
-    marks = {name.removeprefix(SETS) for name in source.storage.list_names(SETS)} - set(planning.publics)
-    for set_id in sorted(one for one in marks - planning.target_sets if is_id(one)):
-        if manifest.is_abort_mark(source.storage.read(SETS + set_id, 0, MAX_MANIFEST + 1)):
-            lacking.append(SETS + set_id)
-    there = set() if planning.creates else set(target.list_names(SESSIONS))
-    announced = set(source.storage.list_names(SESSIONS))
-    lacking += [SESSIONS + one for one in (*new, *present) if SESSIONS + one in announced - there]
-    # A tombstone explains a gap; what the copy still has is not forgotten there.
-    there = set() if planning.creates else set(target.list_names(FORGOTTEN))
-    tombs = {name for name in source.storage.list_names(FORGOTTEN) if is_id(name.removeprefix(FORGOTTEN))}
-    kept = {FORGOTTEN + one for one in (*new, *planning.target_sets)}
-    lacking += sorted(tombs - there - kept)
-    return lacking, {name.removeprefix(FORGOTTEN) for name in (tombs - kept) | there}
-
-
 def _unindexed(planning: Planning, packs: set[str]) -> list[str]:
     """Those of the packs, which the target has, that no index segment there names: an earlier sync died."""
     if not packs:
         return []
-    named: set[bytes] = set()
-    for name in planning.target.list_names("index/"):
-        if is_pack_name(name.removeprefix("index/")):
-            named |= index.named_packs(planning.target, name)
+    with open_keyless(planning.target) as copy:
+        named = index.packs_named(copy)
     return sorted(name for name in packs if bytes.fromhex(name[-64:]) not in named)
-
-
-def _notes(planning: Planning) -> Iterable[str]:
-    if planning.creates:
-        return
-    slots = set(planning.target.list_names(SLOTS)) - set(planning.source.storage.list_names(SLOTS))
-    if slots:
-        yield (
-            f"{len(slots)} key slots of the copy are gone in the source: who has their secret "
-            "can still open the copy; remove them there, too"
-        )
-    foreign = planning.target_sets - {
-        name.removeprefix(SETS) for name in planning.source.storage.list_names(SETS)
-    }
-    if foreign:
-        yield f"{len(foreign)} sets of the copy are gone in the source; they stay"
-
-
-def verify_small(source: Repository, name: str, raw: bytes) -> None:
-    """Check a slot, an epoch or a tombstone before it is copied. Raises `IntegrityError`."""
-    own = name.rpartition("/")[2]
-    if name.startswith(SLOTS):
-        keys.parse_slot(raw, own, source.id)
-    elif name.startswith(EPOCHS):
-        keys.parse_epoch(raw, own, source.id, bytes.fromhex(source.config.verify_key))
-    elif name.startswith(FORGOTTEN):
-        _verify_tombstone(source, own, raw)
-
-
-def _verify_tombstone(source: Repository, set_id: str, raw: bytes) -> None:
-    what = f"the tombstone of image set {set_id}"
-    value = parse(raw, what)
-    found = shape(value, Tombstone, what)
-    message = tombstone_message(value)
-    signature = unhex(found.signature, None, what)
-    genuine = (
-        keys.is_signed(bytes.fromhex(source.config.verify_key), signature, message)
-        if source.sealed
-        else signature == message
-    )
-    if not genuine or (found.set, found.repository) != (set_id, source.config.repository):
-        raise IntegrityError(f"{what} is damaged or forged: its signature is not by this repository's key")

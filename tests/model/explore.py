@@ -144,17 +144,11 @@ _BEFORE = (_writer("w0", "abc"), _writer("w1", "bcd"), _forget("w0"))
 
 SCENARIOS = (
     Scenario("a writer and a prune", _BEFORE, (_writer("w2", "abd"), _pruner("p1"))),
-    Scenario(
-        "a writer, a prune and a fencer", _BEFORE, (_pruner("p1"), fencer, _writer("w2", "abd"))
-    ),
+    Scenario("a writer, a prune and a fencer", _BEFORE, (_pruner("p1"), fencer, _writer("w2", "abd"))),
     Scenario("two prunes", _BEFORE, (_pruner("p1"), _pruner("p2"))),
     Scenario("two prunes that are fenced", _BEFORE, (_pruner("p1"), _pruner("p2"), fencer)),
-    Scenario(
-        "forget between", _BEFORE, (_pruner("p1"), _forget("w1"), _writer("w2", "abcd"))
-    ),
-    Scenario(
-        "two prunes and a writer", _BEFORE, (_pruner("p1"), _writer("w2", "ad"), _pruner("p2"))
-    ),
+    Scenario("forget between", _BEFORE, (_pruner("p1"), _forget("w1"), _writer("w2", "abcd"))),
+    Scenario("two prunes and a writer", _BEFORE, (_pruner("p1"), _writer("w2", "ad"), _pruner("p2"))),
     Scenario(
         "everybody",
         _BEFORE,

@@ -30,10 +30,6 @@ impl Marks {
         Self::default()
     }
 
-    fn visit(&self, pack: u32, offset: u32) -> bool {
-        self.lock().visit(pack, offset)
-    }
-
     fn packs(&self) -> Vec<u32> {
         self.lock().packs()
     }
@@ -49,6 +45,16 @@ impl Marks {
     #[getter]
     fn lost(&self) -> u64 {
         self.lock().lost
+    }
+
+    #[getter]
+    fn read(&self) -> u64 {
+        self.lock().read
+    }
+
+    #[getter]
+    fn pages(&self) -> usize {
+        self.lock().pages()
     }
 }
 
@@ -71,12 +77,13 @@ impl MapPack {
     fn mark(
         &self, py: Python<'_>, fd: i32, id_: &[u8], pack: u32, offset: u32, level: u8, names: &Names, known: &Known,
         stranded: &Known, marks: &Marks, newest: bool,
-    ) -> PyResult<Vec<Child>> {
+    ) -> PyResult<Option<Vec<Child>>> {
         let (fd, id) = (Fd::new(fd)?, id(id_)?);
         let search = Search { names: &names.0, known: &known.0, stranded: &stranded.0 };
         let place = Place { pack, offset, length: 0 };
         let found = py.detach(|| self.0.mark(fd, (id, place), level, &search, &mut marks.lock(), newest))?;
-        Ok(found.into_iter().map(|(id, place)| (id, place.pack, place.offset, place.length)).collect())
+        let child = |(id, place): upkeep::Child| (id, place.pack, place.offset, place.length);
+        Ok(found.map(|found| found.into_iter().map(child).collect()))
     }
 }
 

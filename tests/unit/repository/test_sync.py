@@ -334,9 +334,8 @@ def test_it_goes_on_after_every_single_call(make_lab: Callable[[str], Lab], tmp_
 
 
 def _indexed(lab: Lab, root: Path) -> set[str]:
-    storage = FolderStorage(str(root))
-    segments = storage.list_names("index/")
-    return {pack.hex() for name in segments for pack in index.named_packs(storage, name)}
+    with open_keyless(FolderStorage(str(root))) as repository:
+        return {name.hex() for name in index.packs_named(repository)}
 
 
 def test_a_fenced_sync_does_not_trust_what_it_stored(lab: Lab, tmp_path: Path) -> None:
