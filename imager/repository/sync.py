@@ -22,7 +22,7 @@ from imager.repository.format import CONFIG, EPOCHS, MAPS, SESSIONS, SETS, SLOTS
 from imager.repository.manifest import MAX_MANIFEST, is_abort_mark, is_sealed
 from imager.repository.repository import Repository
 from imager.repository.sync_plan import Refused, SyncPlan, Wishes, plan
-from imager.repository.transfer import IN_FLIGHT, Copied, copy_packs, copy_records, copy_small
+from imager.repository.transfer import IN_FLIGHT, Copied, copy_packs, copy_small, rename_packs
 from imager.storage.base import Storage
 from imager.storage.errors import NotFound, StorageError
 
@@ -206,13 +206,14 @@ def _copy(
                     known.add_pack(source.names.intern(bytes.fromhex(copied.name[-64:])), copied.records)
                     if known.pending >= index.SEGMENT_ENTRIES:
                         _segment(source, target, known, done)
-    for number, name in enumerate(todo.renamed):
-        copied = copy_records(source.storage, target, name, source.id, session, number)
+    wanted = [name for name in todo.renamed if name not in done.bad]
+    for copied in rename_packs(source.storage, target, wanted, source.id, session, workers=workers):
         gone = gone or copied.gone
         if copied.problem is not None:
-            done.spoil(name, copied.problem)
+            done.spoil(copied.name, copied.problem)
         elif not copied.gone:
             done.count(copied)
+            reporter.advance(copied.size, stored=copied.size)
             known.add_pack(source.names.intern(bytes.fromhex(copied.name[-64:])), copied.records or [])
     for name in todo.unindexed:
         _index_again(source, target, known, name)

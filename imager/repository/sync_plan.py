@@ -15,24 +15,14 @@ from imager.errors import IntegrityError, NoRepository, UsageError
 from imager.repository import imageset, index, manifest, sessions, sync_objects
 from imager.repository.format import (
     CONFIG,
-    EPOCHS,
-    FORGOTTEN,
     KIND_DATA,
     KIND_MAP,
     MAPS,
     MAX_SMALL_JSON,
     PACKS,
-    SESSIONS,
     SETS,
-    SLOTS,
-    Tombstone,
-    is_id,
     is_pack_name,
     pack_object,
-    parse,
-    shape,
-    tombstone_message,
-    unhex,
 )
 from imager.repository.keyless import open_keyless
 from imager.repository.manifest import Public
@@ -259,7 +249,8 @@ def _plan(planning: Planning, wishes: Wishes) -> SyncPlan:
     if planning.pruned:
         # Whoever prunes there may sleep, and delete later what it once condemned: by its old name.
         packs, maps, renamed = [], [], sorted(needed - planning.there)
-    objects, tombs = sync_objects.lacking(planning, new, [one for one in chosen if one in planning.target_sets])
+    present = [one for one in chosen if one in planning.target_sets]
+    objects, tombs = sync_objects.lacking(planning, new, present)
     unindexed = _unindexed(planning, needs.packs & planning.there)
     coming = {*new, *planning.target_sets, *tombs}
     before = (planning.publics[set_id].previous for set_id in new)

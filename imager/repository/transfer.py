@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 from imager import _native
 from imager.repository.format import KIND_DATA, KIND_MAP, MAPS, pack_object
@@ -47,17 +48,33 @@ class _Unreadable(Exception):
 def copy_packs(
     source: Storage, target: Storage, names: Sequence[str], repository: bytes, *, workers: int = IN_FLIGHT
 ) -> Iterator[Copied]:
-    """Copy packs, in any order; yields how each went. Raises `StorageError` where the target refuses.
+    """Copy packs, in any order; yields how each went. Raises `StorageError` where the target refuses."""
+    jobs = [partial(copy_pack, source, target, name, repository) for name in names]
+    yield from _all_of(jobs, workers)
+
+
+def rename_packs(
+    source: Storage, target: Storage, names: Sequence[str], repository: bytes, session: str, *, workers: int
+) -> Iterator[Copied]:
+    """Copy packs under other names, those of a session. Raises `StorageError` where the target refuses."""
+    jobs = [
+        partial(copy_records, source, target, name, repository, session, number)
+        for number, name in enumerate(names)
+    ]
+    yield from _all_of(jobs, workers)
+
+
+def _all_of(jobs: Sequence[Callable[[], Copied]], workers: int) -> Iterator[Copied]:
+    """Do them in parallel; yields how each went.
 
     After an error, or when the caller stops listening, what is under way is finished or
     discarded before this returns.
     """
-    with ThreadPoolExecutor(max_workers=min(workers, max(1, len(names))), thread_name_prefix="sync") as pool:
+    with ThreadPoolExecutor(max_workers=min(workers, max(1, len(jobs))), thread_name_prefix="sync") as pool:
         waiting: deque[Future[Copied]] = deque()
-        todo = iter(names)
         try:
-            for name in todo:
-                waiting.append(pool.submit(copy_pack, source, target, name, repository))
+            for job in jobs:
+                waiting.append(pool.submit(job))
                 if len(waiting) >= 2 * workers:
                     yield waiting.popleft().result()
             while waiting:

@@ -85,8 +85,7 @@ def test_a_killed_sync_goes_on(place: Place, sets: dict[str, bytes]) -> None:
     assert not other.files("tmp")
 
 
-@pytest.mark.parametrize("how", ["copy", "image"])
-def test_a_killed_repair_goes_on(place: Place, sets: dict[str, bytes], how: str, quick: Path) -> None:
+def test_a_killed_repair_goes_on(place: Place, sets: dict[str, bytes], quick: Path) -> None:
     """Damage, repair with healing, killed, again: in the end all is whole, and meanwhile nothing is worse."""
     chance = random.Random(7)
     whole = at(place, "whole")
@@ -95,7 +94,7 @@ def test_a_killed_repair_goes_on(place: Place, sets: dict[str, bytes], how: str,
     for number, data in enumerate(sets.values()):
         images.append(quick / f"image{number}")
         images[-1].write_bytes(data)
-    sources = [whole.root] if how == "copy" else images
+    sources = [whole.root] if place.files("slots") else images
     healing = [str(item) for source in sources for item in ("--heal-from", source)]
     hurt = at(place, "hurt")
 

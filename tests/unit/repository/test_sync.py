@@ -526,6 +526,33 @@ def read_through_ids(repository: Repository, image: Image) -> bytes:
     return bytes(out)
 
 
+def test_where_a_prune_may_sleep_packs_get_other_names(lab: Lab, tmp_path: Path) -> None:
+    """It may wake up and delete what it condemned once; by that name nothing must be there again."""
+    ids = three(lab)
+    root = tmp_path / "copy"
+    copy(lab, root, sets=(ids[3],))
+    target = FolderStorage(str(root))
+    sessions.announce(target, lab.repository.config.repository, "ab" * 16, host="far", kind="prune")
+    before = set(objects(root, "packs", "maps"))
+    assert copy(lab, root).ok
+    assert set(objects(root, "packs", "maps")) & set(objects(lab.root, "packs", "maps")) == before
+    other = as_lab(lab, root)
+    for set_id in ids:
+        for image in read_set(other.repository, set_id).images:
+            assert read_through_ids(other.repository, image) == lab.images[set_id][image.disk]
+    summary = checking.check(other.repository, Silent(), read_data="all")
+    assert summary.ok and not summary.problems, summary
+    # And it is no less a source: a copy of the copy is whole.
+    again = as_lab(lab, root)
+    done = copy(again, tmp_path / "third")
+    assert done.ok and list(done.sets) == ids
+    third = as_lab(lab, tmp_path / "third")
+    for set_id in ids:
+        for image in read_set(third.repository, set_id).images:
+            assert read_through_ids(third.repository, image) == lab.images[set_id][image.disk]
+    assert checking.check(third.repository, Silent(), read_data="all").ok
+
+
 def test_what_was_forgotten_in_the_copy_stays_so(lab: Lab, tmp_path: Path) -> None:
     ids = three(lab)
     copy(lab, tmp_path / "copy")
