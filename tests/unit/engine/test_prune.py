@@ -79,9 +79,8 @@ def test_what_the_newest_set_needs_is_put_together(place: Workbench, tmp_path: P
     prune(place, max_unused="0%")
     place.is_whole(ids[-3:])
     with place.reading(ids[-1]) as (repository, _, reader):
-        identities = [
-            part.get(at)[1] for _, count, part in reader.walk() if not isinstance(part, int) for at in range(count)
-        ]
+        pieces = [(count, part) for _, count, part in reader.walk() if not isinstance(part, int)]
+        identities = [part.get(at)[1] for count, part in pieces for at in range(count)]
         places = repository.locator.find_all(identities, 1)
         mine = {places[identity][0] for identity in identities if identity in places}
         held = sum(

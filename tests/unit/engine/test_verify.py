@@ -46,8 +46,8 @@ def test_one_disk_alone_is_not_the_set(plain: Repository, plain_writer: Writer) 
 def test_damaged_blocks_are_named(repository: Repository, writer: Writer) -> None:
     data = os.urandom(4 * MIB)
     manifest = writer.store({"sda": content(MIB), "sdb": data})
-    # the helper damages the only image: a set of its own shares no pack
-    other = writer.store({"sda": data + b"other"})
+    # the helper damages the only image: a set of its own shares no pack, and no block that could stand in
+    other = writer.store({"sda": os.urandom(4 * MIB) + b"other"})
     for block in (700, 701, 12, 1023):
         damage(repository, other, writer, block)
     summary = check(repository, other.id)
