@@ -51,6 +51,10 @@ class Locator:
                     found[identity] = (self._translated(place[0]), place[1], place[2])
         return found
 
+    def look_again(self) -> bool:
+        """List the packs and load the index anew; False where nothing came or went. Raises `StorageError`."""
+        return self._load()
+
     def _translated(self, number: int) -> int:
         name = self._names.name(number)
         assert name is not None, "packs of the index have names"

@@ -25,6 +25,12 @@ from pathlib import Path
 MIB = 1 << 20
 
 
+def processor() -> float:
+    """Seconds of processor time of all commands so far."""
+    used = os.times()
+    return used.children_user + used.children_system
+
+
 def run(argv: list[str], environment: dict[str, str]) -> tuple[float, str]:
     """(seconds, standard output) of a command that has to succeed."""
     begun = time.monotonic()
@@ -61,12 +67,15 @@ def imager_figures(store: Path, environment: dict[str, str], ids: list[str]) -> 
     before = stored(store)
     _, said = run([*command, "prune", "--dry-run"], environment)
     plan = json.loads(said.splitlines()[-1])
+    used = processor()
     seconds, said = run([*command, "prune"], environment)
+    used = processor() - used
     summary = json.loads(said.splitlines()[-1])
     run([*command, "check", "--read-data"], environment)
     moved = summary["bytes_read"] + summary["bytes_written"]
     return {
         "seconds": seconds,
+        "processor": used,
         "before": before,
         "after": stored(store),
         "demanded": plan["copied"],
@@ -80,9 +89,11 @@ def imager_figures(store: Path, environment: dict[str, str], ids: list[str]) -> 
 def restic_figures(store: Path, environment: dict[str, str], ids: list[str]) -> dict[str, object]:
     run(["restic", "-q", "forget", *ids], environment)
     before = stored(store)
+    used = processor()
     seconds, _ = run(["restic", "-q", "prune", "--max-unused", "10%"], environment)
+    used = processor() - used
     run(["restic", "-q", "check"], environment)
-    return {"seconds": seconds, "before": before, "after": stored(store)}
+    return {"seconds": seconds, "processor": used, "before": before, "after": stored(store)}
 
 
 def measure(folder: Path, sets: int, size: int, change: int) -> dict[str, dict[str, object]]:
@@ -132,7 +143,8 @@ def main() -> None:
         shutil.rmtree(folder)
     for name, figures in found.items():
         sizes = f"{figures['before'] / MIB:.0f} MiB -> {figures['after'] / MIB:.0f} MiB"  # type: ignore[operator]
-        print(f"{name:8} prune {figures['seconds']:.2f} s   {sizes}")
+        spent = f"{figures['seconds']:.2f} s ({figures['processor']:.2f} s of processor time)"
+        print(f"{name:8} prune {spent}   {sizes}")
     mine = found["imager"]
     print(
         f"imager   threshold demands {mine['demanded'] / MIB:.1f} MiB copied; "  # type: ignore[operator]
