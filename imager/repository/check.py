@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 from imager import _native
 from imager.events import Reporter
@@ -19,6 +21,7 @@ from imager.repository.damage import hurt_by_pack
 from imager.repository.findings import Hurt, Problem, Survey
 from imager.repository.format import DAMAGED, INDEX, KIND_DATA, KIND_MAP, PACKS, pack_object
 from imager.repository.repository import Repository
+from imager.repository.transfer import in_parallel
 from imager.storage.errors import AlreadyExists, NotFound
 
 __all__ = ["Hurt", "PackAge", "Problem", "Summary", "check"]
@@ -128,8 +131,8 @@ def _read_packs(found: Survey, chosen: list[str], threads: int, record: Record, 
     whole: list[str] = []
     share = 0
     try:
-        for path in chosen:
-            if _is_whole(found, path, threads):
+        for path, result in _reads(found, chosen, threads):
+            if _take(found, path, result):
                 whole.append(path)
             if len(whole) >= _PIECE:
                 record.keep(0, whole, found.sizes)
@@ -142,47 +145,65 @@ def _read_packs(found: Survey, chosen: list[str], threads: int, record: Record, 
     found.reporter.end()
 
 
-def _is_whole(found: Survey, path: str, threads: int) -> bool:
-    """Read one pack; what is wrong with it goes to `found`."""
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What reading a pack showed. `unknown`: blocks of it that no index segment names."""
+
+    problem: str | None = None
+    unknown: int = 0
+    read: bool = True
+
+
+def _reads(found: Survey, chosen: list[str], threads: int) -> Iterator[tuple[str, _Read]]:
+    """Read packs: those of a far storage many at a time, for there each one takes long to come."""
+    if getattr(found.repository.storage, "local", True):
+        for path in chosen:
+            yield path, _read_pack(found, path, threads)
+        return
+    jobs = [partial(_read_pack, found, path, 1) for path in chosen]
+    yield from zip(chosen, in_parallel(jobs), strict=True)
+
+
+def _read_pack(found: Survey, path: str, threads: int) -> _Read:
+    """Read one pack and check it. Changes nothing of `found`, so that several can do it at once."""
     repository, name = found.repository, bytes.fromhex(path[-64:])
-    number = repository.names.intern(name)
     try:
         fd = repository.storage.open(path)
     except NotFound:
-        found.blame(number, "it is missing")
-        return False
-    whole = False
+        return _Read("it is missing", read=False)
     try:
         report = _native.check_pack(fd, name, repository.id, threads)
         if report.problem is not None:
-            found.blame(number, report.problem)
-        elif report.damaged:
-            found.blame(number, f"{len(report.damaged)} of its {report.records} records are damaged")
-        else:
-            whole = True
-            if path.startswith(PACKS) and number in found.used:
-                _compare_index(found, fd, number, name)
-    except OSError as error:
-        found.blame(number, f"it cannot be read: {error.strerror}")
+            return _Read(report.problem)
+        if report.damaged:
+            return _Read(f"{len(report.damaged)} of its {report.records} records are damaged")
+        if not path.startswith(PACKS):
+            return _Read()
+        records = _native.pack_records(fd, name, repository.id)
+        return _Read(unknown=sum(1 for record in records if found.known.find(record[1]) is None))
+    except (OSError, _native.DamagedError) as error:
+        return _Read(f"it cannot be read: {getattr(error, 'strerror', error)}")
     finally:
         os.close(fd)
-    found.read += found.sizes[path]
-    return whole
 
 
-def _compare_index(found: Survey, fd: int, number: int, name: bytes) -> None:
-    """Tell of blocks that an image set uses and no index segment knows: a segment got lost."""
-    records = _native.pack_records(fd, name, found.repository.id)
-    unknown = sum(1 for _, identity, _, _ in records if found.known.find(identity) is None)
-    if unknown:
+def _take(found: Survey, path: str, result: _Read) -> bool:
+    """Take down what reading a pack showed; whether it is whole."""
+    number = found.repository.names.intern(bytes.fromhex(path[-64:]))
+    if result.read:
+        found.read += found.sizes[path]
+    if result.problem is not None:
+        found.blame(number, result.problem)
+    elif result.unknown and number in found.used:
         found.problems.append(
             Problem(
                 "index",
                 "the index",
-                f"it lacks {unknown} blocks of pack {name.hex()}: a segment is missing or damaged; "
+                f"it lacks {result.unknown} blocks of pack {path[-64:]}: a segment is missing or damaged; "
                 "nothing is lost, but such blocks may be stored twice",
             )
         )
+    return result.problem is None
 
 
 def _read_index(found: Survey) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 from imager import _native
 from imager.repository.format import KIND_DATA, KIND_MAP, MAPS, pack_object
@@ -23,6 +24,8 @@ from imager.storage.errors import AlreadyExists, NotFound, refusal
 IN_FLIGHT = 16
 "So many packs are under way at once."
 _CHUNK = 1 << 20
+
+T = TypeVar("T")
 
 Records = list[tuple[int, bytes, int, int]]
 
@@ -50,7 +53,7 @@ def copy_packs(
 ) -> Iterator[Copied]:
     """Copy packs, in any order; yields how each went. Raises `StorageError` where the target refuses."""
     jobs = [partial(copy_pack, source, target, name, repository) for name in names]
-    yield from _all_of(jobs, workers)
+    yield from in_parallel(jobs, workers)
 
 
 def rename_packs(
@@ -61,17 +64,17 @@ def rename_packs(
         partial(copy_records, source, target, name, repository, session, number)
         for number, name in enumerate(names)
     ]
-    yield from _all_of(jobs, workers)
+    yield from in_parallel(jobs, workers)
 
 
-def _all_of(jobs: Sequence[Callable[[], Copied]], workers: int) -> Iterator[Copied]:
-    """Do them in parallel; yields how each went.
+def in_parallel(jobs: Sequence[Callable[[], T]], workers: int = IN_FLIGHT) -> Iterator[T]:
+    """Do jobs in parallel; yields what each returns, in their order.
 
     After an error, or when the caller stops listening, what is under way is finished or
     discarded before this returns.
     """
     with ThreadPoolExecutor(max_workers=min(workers, max(1, len(jobs))), thread_name_prefix="sync") as pool:
-        waiting: deque[Future[Copied]] = deque()
+        waiting: deque[Future[T]] = deque()
         try:
             for job in jobs:
                 waiting.append(pool.submit(job))

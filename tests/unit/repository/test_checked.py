@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import tempfile
+import threading
 from fractions import Fraction
 from pathlib import Path
 
@@ -275,3 +276,33 @@ def test_a_check_that_is_stopped_was_not_in_vain(lab: Lab, monkeypatch: pytest.M
         check(lab.reopen(), Stopping(), read_data="all")
     record = checked.load(lab.reopen())
     assert len(record.read) == 5 and sum(record.shares.values()) == 0
+
+
+def test_far_packs_are_read_many_at_a_time(lab: Lab) -> None:
+    """And what is found is the same as where they are near."""
+    for seed in range(24):
+        lab.backup(sda=noise(2, seed=seed))
+    path = lab.paths("packs")[7]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+    class Far(FolderStorage):
+        local = False
+        together = threading.Barrier(2)
+        opened = 0
+
+        def open(self, name: str) -> int:
+            if name.startswith("packs/") and threading.current_thread() is not threading.main_thread():
+                Far.opened += 1
+                if Far.opened <= 2:
+                    Far.together.wait(60)  # Broken, and so an error, if they come one after the other.
+            return super().open(name)
+
+    def told(storage: FolderStorage) -> tuple[object, ...]:
+        opened = Repository.open(storage, lab.credentials())
+        summary = check(opened, Silent(), read_data="all")
+        return summary.packs_read, summary.bytes_read, summary.problems
+
+    lab.repository.close()
+    assert told(Far(str(lab.root))) == told(FolderStorage(str(lab.root)))

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from imager import _native
 from imager.errors import IntegrityError, UsageError, WrongKey
@@ -20,6 +22,7 @@ from imager.repository.credentials import Credentials
 from imager.repository.format import now
 from imager.repository.imageset import Image, list_sets, parse_time, read_set
 from imager.repository.keyless import Keyless, open_keyless
+from imager.repository.public import Place, parse_page
 from imager.repository.repository import Repository
 from imager.repository.sync import SyncSummary, Wishes
 from imager.repository.transfer import copy_packs
@@ -200,24 +203,29 @@ def flip(path: Path, share: float = 0.5) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("kind", ["packs", "maps", "sets", "slots", "epochs"])
+@pytest.mark.parametrize("share", [0.01, 0.2, 0.5, 0.8, 0.99])
+def test_a_damaged_epoch_is_not_copied(make_lab: Callable[[str], Lab], tmp_path: Path, share: float) -> None:
+    lab = make_lab("keyfile")
+    three(lab)
+    (path,) = lab.paths("epochs")
+    good = path.read_bytes()
+    flip(path, share)
+    done = copy(lab, tmp_path / "copy")
+    assert not done.ok and not (tmp_path / "copy" / "epochs" / path.name).exists()
+    path.write_bytes(good)
+    assert copy(lab, tmp_path / "copy").ok and (tmp_path / "copy" / "epochs" / path.name).exists()
+
+
+@pytest.mark.parametrize("kind", ["packs", "maps", "sets"])
 @pytest.mark.parametrize("share", [0.01, 0.2, 0.5, 0.8, 0.99])
 def test_damage_is_not_copied(lab: Lab, tmp_path: Path, kind: str, share: float) -> None:
     from tests.unit.repository.test_check import restored
 
     ids = three(lab)
     paths = lab.paths(kind)
-    if not paths:
-        pytest.skip("without encryption there are no slots and epochs")
     path = paths[len(paths) // 2]
     good = path.read_bytes()
     flip(path, share)
-    if kind in ("slots", "epochs"):
-        done = copy(lab, tmp_path / "copy") if kind == "epochs" else None
-        if done is not None:
-            assert not done.ok and not (tmp_path / "copy" / kind / path.name).exists()
-        path.write_bytes(good)
-        return
     done = copy(lab, tmp_path / "copy")
     name = str(path.relative_to(lab.root))
     assert not done.ok and not (tmp_path / "copy" / name).exists()
@@ -581,3 +589,28 @@ def test_a_prune_between_plan_and_session_is_noticed(lab: Lab, tmp_path: Path) -
         done = sync.execute(source, target, Wishes(), plan, Silent())
     assert done.ok and set(done.sets) == set(ids)
     is_whole(lab, root, ids)
+
+
+# --- hostile pages -------------------------------------------------------------------------------
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_no_page_is_too_hostile_to_parse(data: st.DataObject) -> None:
+    """Whatever stands in a record: a page, or one clear error; lengths are bounded before they are used."""
+    public = data.draw(st.binary(min_size=8, max_size=200))
+    record = bytearray(b"IREC" + bytes([2, 0]) + b"\0\0" + bytes(4))
+    payload = len(public).to_bytes(4, "little") + public + b"sealed"
+    if data.draw(st.booleans()):
+        payload = data.draw(st.binary(max_size=80))
+    record += len(payload).to_bytes(4, "little") + bytes(32) + bytes(12)
+    record += (_native.xxh3(bytes(record)) & 0xFFFFFFFF).to_bytes(4, "little")
+    record += payload
+    if data.draw(st.booleans()):
+        record[data.draw(st.integers(0, len(record) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    try:
+        page = parse_page(bytes(record), Place(b"p" * 32, 72, len(record), bytes(32)))
+    except IntegrityError:
+        return
+    assert len(page.targets) <= 512 and len(page.packs) <= 512
+    assert all(target.pack in page.packs for target in page.targets)
