@@ -1,4 +1,4 @@
-"""`./dev` asks for exactly the Debian packages that are missing, also for those the system has never heard of."""
+"""`./dev` installs exactly the Debian packages that are missing, also those the system never heard of."""
 
 from __future__ import annotations
 
@@ -31,7 +31,5 @@ def test_what_is_missing_is_installed(tmp_path: Path) -> None:
     done = subprocess.run([ROOT / "dev", "test"], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 1  # the installation above fails on purpose: nothing is built or run
     assert "dev: installing casync restic\n" in done.stderr
-    assert [line.split()[-2:] for line in log.read_text().splitlines()] == [
-        ["-qq", "update"],
-        ["casync", "restic"],
-    ]
+    asked = [line.split()[-2:] for line in log.read_text().splitlines()]
+    assert asked == [["-qq", "update"], ["casync", "restic"]]
