@@ -16,7 +16,7 @@ _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://")
 
 
 def open_storage(place: str) -> Storage:
-    """The storage at a path or `file://` URL. Raises `UsageError` for other kinds."""
+    """The storage at a path, `file://` or `ssh://` URL. Raises `UsageError` for other kinds."""
     if not place:
         raise UsageError("no repository named", hint="give -r PATH or set IMAGER_REPO")
     scheme = _SCHEME.match(place)
@@ -29,6 +29,10 @@ def open_storage(place: str) -> Storage:
         if path.startswith("/"):
             return FolderStorage(path)
         raise UsageError(f"not a local path: {place}", hint="write file:///absolute/path")
+    if scheme[1] == "ssh":
+        from imager.storage.ssh import SshStorage
+
+        return SshStorage(place)
     raise UsageError(
         f"this version cannot keep a repository at {scheme[1]}:// addresses", hint="give the path of a folder"
     )

@@ -1,0 +1,319 @@
+"""Serves a repository's folder to one client, over a pair of descriptors.
+
+Invariant: the client is not trusted. What it sends is checked by
+`imager.storage.wire`, what it may do by `imager.storage.rights`; it can take no
+more memory than `MAX_IN_FLIGHT` requests with a body each and `MAX_UPLOADS`
+open files; and when it goes away, at any moment, nothing is left of what it had
+not finished.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from imager import __version__
+from imager.errors import ImagerError, StorageError
+from imager.storage import wire
+from imager.storage.base import Staged
+from imager.storage.errors import refusal
+from imager.storage.folder import FolderStorage
+from imager.storage.rights import Confines, Rights
+
+_WORKERS = 8
+_MAX_STRANGERS = 100
+_LINES = 2048
+"Names in one frame of a list: fewer than fit even where each is as long as it may be."
+
+
+@dataclass(slots=True)
+class _Upload:
+    """Bytes that arrive piece by piece. `error`: why they cannot be had; what follows is then dropped."""
+
+    staged: Staged | None
+    size: int = 0
+    error: StorageError | None = None
+
+    def discard(self) -> None:
+        if self.staged is not None:
+            self.staged.discard()
+
+
+class Server:
+    """One client's connection, from its first byte to its last."""
+
+    def __init__(self, source: int, sink: int, *, mode: str, restrict: Sequence[str] = ()) -> None:
+        """Read from the descriptor `source`, answer to `sink`; both stay the caller's.
+
+        mode: one of `imager.storage.rights`. restrict: the folders that may be reached; none: all.
+        """
+        self._reader = wire.FrameReader(source)
+        self._writer = wire.FrameWriter(sink)
+        self._rights = Rights(mode)
+        self._confines = Confines(restrict)
+        self._storage: FolderStorage | None = None
+        self._uploads: dict[int, _Upload] = {}
+        self._preparing: AbstractContextManager[None] | None = None
+        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(wire.MAX_IN_FLIGHT)
+        self._workers = [
+            threading.Thread(target=self._work, name=f"serve-{number}", daemon=True)
+            for number in range(_WORKERS)
+        ]
+
+    def run(self) -> None:
+        """Serve until the client ends its input. Raises `ProtocolError` where what comes is no request."""
+        try:
+            self._answer_raw(wire.preamble())
+            raw = self._reader.preamble()
+            if raw:
+                wire.agree(raw)
+                for worker in self._workers:
+                    worker.start()
+                while (frame := self._reader.frame()) is not None:
+                    self._take(*frame)
+                self._finish()
+        except ConnectionError:
+            pass  # The client is gone; that is how most connections end.
+        except wire.ProtocolError as error:
+            self._answer(wire.Answer(0, error=_failure(error)))
+            raise
+        finally:
+            self._drop()
+
+    def _finish(self) -> None:
+        """Let the workers do what has arrived whole."""
+        for _ in self._workers:
+            self._jobs.put(None)
+        for worker in self._workers:
+            worker.join()
+
+    def _drop(self) -> None:
+        """Forget what is not finished."""
+        for upload in self._uploads.values():
+            upload.discard()
+        self._uploads.clear()
+        if self._preparing is not None:
+            self._end_making()
+
+    # --- answers ----------------------------------------------------------------------
+
+    def _answer_raw(self, data: bytes) -> None:
+        try:
+            self._writer.raw(data)
+        except OSError:
+            pass  # Who does not listen any more will soon end its input.
+
+    def _answer(self, answer: wire.Answer, body: bytes = b"") -> None:
+        try:
+            self._writer.frame(answer, body)
+        except OSError:
+            pass
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+            del job
+
+    # --- requests -----------------------------------------------------------------------
+
+    def _take(self, head: bytes, body: bytes) -> None:
+        """One request: what depends on the order is done at once, the rest by the workers."""
+        request = wire.parse_request(head)
+        if isinstance(request, wire.Open):
+            self._guarded(request.id, lambda: self._open(request))
+            return
+        storage = self._storage
+        if storage is None:
+            raise wire.ProtocolError("the first request must be open")
+        if isinstance(request, wire.Write):
+            self._write(storage, request, body)
+        elif isinstance(request, wire.Discard):
+            if upload := self._uploads.pop(request.id, None):
+                upload.discard()
+        elif isinstance(request, wire.Begin | wire.End):
+            self._guarded(request.id, lambda: self._prepare(storage, request))
+        else:
+            upload = self._uploads.pop(request.upload, None) if isinstance(request, wire.Publish) else None
+            self._jobs.put(
+                lambda: self._guarded(request.id, lambda: self._serve(storage, request, body, upload))
+            )
+
+    def _guarded(self, number: int, work: Callable[[], None]) -> None:
+        """Do `work`, which answers; where it fails, that is the answer."""
+        try:
+            work()
+        except ImagerError as error:
+            self._answer(wire.Answer(number, error=_failure(error)))
+        except OSError as error:
+            root = self._storage.root if self._storage else "the repository"
+            self._answer(wire.Answer(number, error=_failure(refusal(error, "serving a request", root))))
+        except Exception as error:
+            failure = wire.Failure("internal", f"internal error: {type(error).__name__}: {error}"[:1000])
+            self._answer(wire.Answer(number, error=failure))
+
+    def _open(self, request: wire.Open) -> None:
+        if self._storage is not None:
+            raise wire.ProtocolError("open comes once")
+        self._storage = FolderStorage(self._confines.root(request.path))
+        served = wire.Served(imager=__version__, mode=self._rights.mode)
+        self._answer(wire.Answer(request.id), wire.encode(served))
+
+    def _prepare(self, storage: FolderStorage, request: wire.Begin | wire.End) -> None:
+        if isinstance(request, wire.Begin):
+            if self._preparing is not None:
+                raise wire.ProtocolError("begin comes once")
+            self._rights.begin(storage.root)
+            preparing = storage.initializing()
+            preparing.__enter__()
+            self._preparing = preparing
+            self._rights.making = not os.path.lexists(f"{storage.root}/config")
+        elif self._preparing is not None:
+            self._end_making()
+        self._answer(wire.Answer(request.id))
+
+    def _end_making(self) -> None:
+        assert self._preparing is not None
+        preparing, self._preparing = self._preparing, None
+        self._rights.making = False
+        preparing.__exit__(None, None, None)
+
+    # --- uploads ---------------------------------------------------------------------------
+
+    def _write(self, storage: FolderStorage, request: wire.Write, body: bytes) -> None:
+        """Append to an upload. There is no answer: `publish` tells what went wrong."""
+        upload = self._uploads.get(request.id)
+        if upload is None:
+            if len(self._uploads) >= wire.MAX_UPLOADS:
+                raise wire.ProtocolError(f"more than {wire.MAX_UPLOADS} uploads at once")
+            upload = self._uploads[request.id] = _Upload(None)
+            try:
+                self._rights.create("packs/")  # Whether anything at all may be written.
+                upload.staged = storage.stage()
+            except StorageError as error:
+                upload.error = error
+        if upload.error is None and (request.offset != upload.size or upload.size + len(body) > wire.MAX_OBJECT):
+            upload.error = wire.ProtocolError(f"a piece for {request.offset}, but {upload.size} bytes are here")
+        upload.size += len(body)
+        if upload.error is not None or upload.staged is None:
+            upload.discard()
+            return
+        try:
+            _write_all(upload.staged.fd, body)
+        except OSError as error:
+            upload.error = refusal(error, "writing an object", storage.root)
+            upload.discard()
+
+    def _publish(self, storage: FolderStorage, request: wire.Publish, upload: _Upload | None) -> None:
+        if upload is None:
+            raise wire.ProtocolError("there is no such upload")
+        try:
+            name = self._confines.name(storage.root, request.name)
+            self._rights.create(name)
+            if upload.error is not None or upload.staged is None:
+                raise upload.error or wire.ProtocolError("there is no such upload")
+            if upload.size != request.size:
+                raise wire.ProtocolError(f"{upload.size} bytes of {request.size} are here")
+            upload.staged.publish(name)
+        finally:
+            upload.discard()
+
+    # --- everything else -----------------------------------------------------------------------
+
+    def _serve(
+        self, storage: FolderStorage, request: wire.Request, body: bytes, upload: _Upload | None
+    ) -> None:
+        """Do a request and answer it. Runs in a worker."""
+
+        def named(name: str) -> str:
+            return self._confines.name(storage.root, name)
+
+        value: int | None = None
+        answer = b""
+        match request:
+            case wire.Read():
+                self._read(storage, named(request.name), request)
+                return
+            case wire.List():
+                self._list(storage, named(request.prefix.rstrip("/")), request)
+                return
+            case wire.Size():
+                value = storage.size(named(request.name))
+            case wire.Exists():
+                value = int(storage.exists(named(request.name)))
+            case wire.Create():
+                self._rights.create(named(request.name))
+                storage.create(request.name, body)
+                self._rights.created(request.name)
+            case wire.Publish():
+                self._publish(storage, request, upload)
+            case wire.Digest():
+                answer = _digest(storage, named(request.name))
+            case wire.Move():
+                named(request.target)
+                self._rights.move(named(request.name))
+                storage.move(request.name, request.target)
+            case wire.Delete():
+                self._rights.delete(named(request.name), storage.root)
+                storage.delete(request.name)
+            case wire.Space():
+                value = storage.free_space()
+            case wire.Strangers():
+                names = storage.strangers()[:_MAX_STRANGERS]
+                answer = wire.lines([wire.printable(os.fsencode(n).decode(errors="replace")) for n in names])
+            case wire.Sweep():
+                self._rights.sweep()
+                answer = wire.lines(storage.sweep()[:_LINES])
+            case _:
+                raise wire.ProtocolError("a request out of order")
+        self._answer(wire.Answer(request.id, value=value), answer)
+
+    def _read(self, storage: FolderStorage, name: str, request: wire.Read) -> None:
+        fd = storage.open(name)
+        try:
+            size = os.fstat(fd).st_size
+            end = size if request.length is None else min(size, request.offset + request.length)
+            offset = request.offset
+            while end - offset > wire.PIECE:
+                data = os.pread(fd, wire.PIECE, offset)
+                self._answer(wire.Answer(request.id, more=True), data)
+                offset += len(data)
+                if not data:
+                    break
+            last = os.pread(fd, max(end - offset, 0), offset) if offset < end else b""
+            self._answer(wire.Answer(request.id), last)
+        finally:
+            os.close(fd)
+
+    def _list(self, storage: FolderStorage, prefix: str, request: wire.List) -> None:
+        if request.sizes:
+            entries = (entry for entry in storage.list(prefix) if wire.is_name(entry.name))
+            found = [f"{entry.size} {entry.name}" for entry in entries]
+        else:
+            found = [name for name in storage.list_names(prefix) if wire.is_name(name)]
+        for start in range(0, len(found), _LINES):
+            self._answer(wire.Answer(request.id, more=True), wire.lines(found[start : start + _LINES]))
+        self._answer(wire.Answer(request.id))
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _digest(storage: FolderStorage, name: str) -> bytes:
+    """SHA-256 of an object."""
+    import hashlib
+
+    fd = storage.open(name)
+    with open(fd, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def _failure(error: ImagerError) -> wire.Failure:
+    hint = wire.printable(error.hint) if error.hint else None
+    return wire.Failure(error.kind, wire.printable(error.message), hint)
