@@ -11,7 +11,6 @@ import itertools
 import os
 import threading
 from collections.abc import Callable
-from typing import TypeVar
 
 from imager.errors import ImagerError, Locked, StorageError
 from imager.storage import wire
@@ -19,7 +18,6 @@ from imager.storage.errors import AlreadyExists, Gone, NotFound, Unavailable
 from imager.storage.spool import refused
 
 Sink = Callable[[bytes], None]
-R = TypeVar("R", bound=wire.Request)
 
 _ERRORS: dict[str, type[ImagerError]] = {
     kind.kind: kind
@@ -83,7 +81,7 @@ class Connection:
         self._greet()
         self._thread.start()
         body: list[bytes] = []
-        self.call(wire.Open, body.append, path=path)
+        self.call(wire.Open(path), body.append)
         self.served = wire.parse_served(b"".join(body))
         "What the other end is, and what it permits."
 
@@ -114,22 +112,20 @@ class Connection:
     def _listen(self) -> None:
         try:
             while (frame := self._reader.frame()) is not None:
-                answer = wire.parse_answer(frame[0])
-                if answer.id == 0:
-                    said = _error(answer.error) if answer.error else None
-                    raise said if isinstance(said, StorageError) else wire.ProtocolError("an answer to nothing")
+                answer = wire.parse_answer(frame.head)
                 with self._lock:
-                    pending = self._pending.get(answer.id)
-                    if pending is not None and not answer.more:
-                        del self._pending[answer.id]
+                    pending = self._pending.get(frame.number)
                 if pending is None:
-                    raise wire.ProtocolError("an answer to a question that nobody asked")
-                pending.take(answer, frame[1])
+                    raise _unasked(answer)
+                pending.take(answer, frame.body)
+                if not answer.more:
+                    with self._lock:
+                        del self._pending[frame.number]
             error: StorageError = self._ended()
         except StorageError as caught:
             error = caught
-        except (OSError, ValueError) as caught:
-            error = StorageError(f"reading from the far end failed: {caught}")
+        except OSError as caught:
+            error = StorageError(f"reading from the far end failed: {os.strerror(caught.errno or 0)}")
         self._lose(error)
 
     def _lose(self, error: StorageError) -> None:
@@ -151,11 +147,11 @@ class Connection:
 
     # --- requests -----------------------------------------------------------------------
 
-    def _send(self, message: wire.Request, body: bytes) -> None:
+    def _send(self, number: int, message: wire.Request, body: bytes) -> None:
         if self._lost is not None:
             raise self._why()
         try:
-            self._writer.frame(message, body)
+            self._writer.frame(number, message, body)
         except OSError as error:
             # The listener learns why; it needs a moment, for the last words may still be on their way.
             self._thread.join(10)
@@ -168,12 +164,11 @@ class Connection:
 
     def call(
         self,
-        kind: Callable[..., wire.Request],
+        request: wire.Request,
         sink: Sink | None = None,
         *,
         room: int = wire.MAX_OBJECT,
         body: bytes = b"",
-        **fields: object,
     ) -> int | None:
         """Send a request and wait for its answer: its `value`. Bytes of the answer go to `sink`.
 
@@ -185,7 +180,7 @@ class Connection:
             self._pending[number] = pending
             self.requests += 1
         try:
-            self._send(kind(id=number, **fields), body)
+            self._send(number, request, body)
             pending.done.wait()
         except BaseException:
             pending.sink = _drop  # Interrupted: the answer may still come, and has nowhere to go.
@@ -196,17 +191,19 @@ class Connection:
         return pending.answer.value
 
     def upload(self, fd: int, size: int, name: str) -> None:
-        """Make the object `name` of the first `size` bytes of `fd`. Raises `AlreadyExists`, `Lost`, `StorageError`."""
+        """Make the object `name` of the first `size` bytes of `fd`.
+
+        Raises `AlreadyExists`, `Lost`, `StorageError`.
+        """
         if size <= wire.PIECE:
-            self.call(wire.Create, name=name, body=_piece(fd, 0, size))
+            self.call(wire.Create(name), body=_piece(fd, 0, size))
             return
         with self._lock:
-            upload = next(self._ids)
+            number = next(self._ids)
         for offset in range(0, size, wire.PIECE):
-            self._send(
-                wire.Write(id=upload, offset=offset), _piece(fd, offset, min(wire.PIECE, size - offset))
-            )
-        self.call(wire.Publish, upload=upload, name=name, size=size)
+            piece = _piece(fd, offset, min(wire.PIECE, size - offset))
+            self._send(number, wire.Write(number, offset), piece)
+        self.call(wire.Publish(number, name, size))
 
 
 def _drop(data: bytes) -> None:
@@ -232,3 +229,11 @@ def _error(failure: wire.Failure) -> StorageError | Locked:
     error = kind(wire.printable(failure.message), hint=hint)
     assert isinstance(error, StorageError | Locked)
     return error
+
+
+def _unasked(answer: wire.Answer) -> StorageError:
+    """What to make of an answer that nobody waits for: a complaint about the connection itself, perhaps."""
+    said = _error(answer.error) if answer.error is not None else None
+    if isinstance(said, StorageError):
+        return said
+    return wire.ProtocolError("an answer to a question that nobody asked")

@@ -69,7 +69,7 @@ class Rights:
             raise self._refuse(f"moving {name}")
 
     def sweep(self) -> None:
-        """Raises `Refused` where what dead writers left may not be removed. (It has no names, so it hurts nobody.)"""
+        """Raises `Refused` where what dead writers left, bytes without a name, may not be removed."""
         if self.mode == READ_ONLY:
             raise self._refuse("tidying up")
 

@@ -12,9 +12,10 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from imager import __version__
 from imager.errors import ImagerError, StorageError
@@ -23,6 +24,8 @@ from imager.storage.base import Staged
 from imager.storage.errors import refusal
 from imager.storage.folder import FolderStorage
 from imager.storage.rights import Confines, Rights
+
+_Result: TypeAlias = int | bytes | None
 
 _WORKERS = 8
 _MAX_STRANGERS = 100
@@ -74,12 +77,12 @@ class Server:
                 for worker in self._workers:
                     worker.start()
                 while (frame := self._reader.frame()) is not None:
-                    self._take(*frame)
+                    self._take(frame)
                 self._finish()
         except ConnectionError:
             pass  # The client is gone; that is how most connections end.
         except wire.ProtocolError as error:
-            self._answer(wire.Answer(0, error=_failure(error)))
+            self._answer(0, wire.Answer(error=_failure(error)))
             raise
         finally:
             self._drop()
@@ -107,9 +110,9 @@ class Server:
         except OSError:
             pass  # Who does not listen any more will soon end its input.
 
-    def _answer(self, answer: wire.Answer, body: bytes = b"") -> None:
+    def _answer(self, number: int, answer: wire.Answer, body: bytes = b"") -> None:
         try:
-            self._writer.frame(answer, body)
+            self._writer.frame(number, answer, body)
         except OSError:
             pass
 
@@ -120,47 +123,61 @@ class Server:
 
     # --- requests -----------------------------------------------------------------------
 
-    def _take(self, head: bytes, body: bytes) -> None:
+    def _take(self, frame: wire.Frame) -> None:
         """One request: what depends on the order is done at once, the rest by the workers."""
-        request = wire.parse_request(head)
-        if isinstance(request, wire.Open):
-            self._guarded(request.id, lambda: self._open(request))
+        number = frame.number
+        try:
+            request = wire.parse_request(frame.head)
+            if self._storage is None and not isinstance(request, wire.Open):
+                raise wire.ProtocolError("the first request must be open")
+        except wire.ProtocolError as error:
+            self._answer(number, wire.Answer(error=_failure(error)))
             return
         storage = self._storage
-        if storage is None:
-            raise wire.ProtocolError("the first request must be open")
-        if isinstance(request, wire.Write):
-            self._write(storage, request, body)
+        if storage is None or isinstance(request, wire.Open):
+            assert isinstance(request, wire.Open)
+            self._guarded(number, lambda: self._open(request))
+        elif isinstance(request, wire.Write):
+            self._write(storage, request, frame.body)
         elif isinstance(request, wire.Discard):
-            if upload := self._uploads.pop(request.id, None):
+            if upload := self._uploads.pop(request.upload, None):
                 upload.discard()
         elif isinstance(request, wire.Begin | wire.End):
-            self._guarded(request.id, lambda: self._prepare(storage, request))
+            self._guarded(number, lambda: self._prepare(storage, request))
+        elif isinstance(request, wire.Publish):
+            upload = self._uploads.pop(request.upload, None)
+            self._later(number, lambda: self._publish(storage, request, upload))
+        elif isinstance(request, wire.Read | wire.List):
+            self._later(number, lambda: self._stream(number, storage, request))
         else:
-            upload = self._uploads.pop(request.upload, None) if isinstance(request, wire.Publish) else None
-            self._jobs.put(
-                lambda: self._guarded(request.id, lambda: self._serve(storage, request, body, upload))
-            )
+            self._later(number, lambda: self._serve(storage, request, frame.body))
 
-    def _guarded(self, number: int, work: Callable[[], None]) -> None:
-        """Do `work`, which answers; where it fails, that is the answer."""
+    def _later(self, number: int, work: Callable[[], _Result]) -> None:
+        self._jobs.put(lambda: self._guarded(number, work))
+
+    def _guarded(self, number: int, work: Callable[[], _Result]) -> None:
+        """Do `work` and answer with what it gives; where it fails, that is the answer."""
+        body = b""
         try:
-            work()
+            result = work()
+            answer = wire.Answer(value=result if isinstance(result, int) else None)
+            if isinstance(result, bytes):
+                body = result
         except ImagerError as error:
-            self._answer(wire.Answer(number, error=_failure(error)))
+            answer = wire.Answer(error=_failure(error))
         except OSError as error:
             root = self._storage.root if self._storage else "the repository"
-            self._answer(wire.Answer(number, error=_failure(refusal(error, "serving a request", root))))
+            answer = wire.Answer(error=_failure(refusal(error, "serving a request", root)))
         except Exception as error:
-            failure = wire.Failure("internal", f"internal error: {type(error).__name__}: {error}"[:1000])
-            self._answer(wire.Answer(number, error=failure))
+            failed = f"internal error: {type(error).__name__}: {error}"
+            answer = wire.Answer(error=wire.Failure("internal", wire.printable(failed)))
+        self._answer(number, answer, body)
 
-    def _open(self, request: wire.Open) -> None:
+    def _open(self, request: wire.Open) -> bytes:
         if self._storage is not None:
             raise wire.ProtocolError("open comes once")
         self._storage = FolderStorage(self._confines.root(request.path))
-        served = wire.Served(imager=__version__, mode=self._rights.mode)
-        self._answer(wire.Answer(request.id), wire.encode(served))
+        return wire.encode(wire.Served(imager=__version__, mode=self._rights.mode))
 
     def _prepare(self, storage: FolderStorage, request: wire.Begin | wire.End) -> None:
         if isinstance(request, wire.Begin):
@@ -173,7 +190,6 @@ class Server:
             self._rights.making = not os.path.lexists(f"{storage.root}/config")
         elif self._preparing is not None:
             self._end_making()
-        self._answer(wire.Answer(request.id))
 
     def _end_making(self) -> None:
         assert self._preparing is not None
@@ -185,18 +201,21 @@ class Server:
 
     def _write(self, storage: FolderStorage, request: wire.Write, body: bytes) -> None:
         """Append to an upload. There is no answer: `publish` tells what went wrong."""
-        upload = self._uploads.get(request.id)
+        upload = self._uploads.get(request.upload)
         if upload is None:
             if len(self._uploads) >= wire.MAX_UPLOADS:
                 raise wire.ProtocolError(f"more than {wire.MAX_UPLOADS} uploads at once")
-            upload = self._uploads[request.id] = _Upload(None)
+            upload = self._uploads[request.upload] = _Upload(None)
             try:
                 self._rights.create("packs/")  # Whether anything at all may be written.
                 upload.staged = storage.stage()
             except StorageError as error:
                 upload.error = error
-        if upload.error is None and (request.offset != upload.size or upload.size + len(body) > wire.MAX_OBJECT):
-            upload.error = wire.ProtocolError(f"a piece for {request.offset}, but {upload.size} bytes are here")
+        fits = request.offset == upload.size and upload.size + len(body) <= wire.MAX_OBJECT
+        if upload.error is None and not fits:
+            upload.error = wire.ProtocolError(
+                f"a piece for {request.offset}, but {upload.size} bytes are here"
+            )
         upload.size += len(body)
         if upload.error is not None or upload.staged is None:
             upload.discard()
@@ -223,35 +242,23 @@ class Server:
 
     # --- everything else -----------------------------------------------------------------------
 
-    def _serve(
-        self, storage: FolderStorage, request: wire.Request, body: bytes, upload: _Upload | None
-    ) -> None:
-        """Do a request and answer it. Runs in a worker."""
+    def _serve(self, storage: FolderStorage, request: wire.Request, body: bytes) -> _Result:
+        """Do a request, in a worker: the answer's value or body."""
 
         def named(name: str) -> str:
             return self._confines.name(storage.root, name)
 
-        value: int | None = None
-        answer = b""
         match request:
-            case wire.Read():
-                self._read(storage, named(request.name), request)
-                return
-            case wire.List():
-                self._list(storage, named(request.prefix.rstrip("/")), request)
-                return
             case wire.Size():
-                value = storage.size(named(request.name))
+                return storage.size(named(request.name))
             case wire.Exists():
-                value = int(storage.exists(named(request.name)))
+                return int(storage.exists(named(request.name)))
             case wire.Create():
                 self._rights.create(named(request.name))
                 storage.create(request.name, body)
                 self._rights.created(request.name)
-            case wire.Publish():
-                self._publish(storage, request, upload)
             case wire.Digest():
-                answer = _digest(storage, named(request.name))
+                return _digest(storage, named(request.name))
             case wire.Move():
                 named(request.target)
                 self._rights.move(named(request.name))
@@ -260,43 +267,51 @@ class Server:
                 self._rights.delete(named(request.name), storage.root)
                 storage.delete(request.name)
             case wire.Space():
-                value = storage.free_space()
+                return storage.free_space()
             case wire.Strangers():
                 names = storage.strangers()[:_MAX_STRANGERS]
-                answer = wire.lines([wire.printable(os.fsencode(n).decode(errors="replace")) for n in names])
+                return wire.lines([wire.printable(os.fsencode(n).decode(errors="replace")) for n in names])
             case wire.Sweep():
                 self._rights.sweep()
-                answer = wire.lines(storage.sweep()[:_LINES])
-            case _:
-                raise wire.ProtocolError("a request out of order")
-        self._answer(wire.Answer(request.id, value=value), answer)
+                return wire.lines(storage.sweep()[:_LINES])
+        return None
 
-    def _read(self, storage: FolderStorage, name: str, request: wire.Read) -> None:
-        fd = storage.open(name)
+    def _stream(self, number: int, storage: FolderStorage, request: wire.Read | wire.List) -> bytes:
+        """Answer with many frames; this gives the body of the last one."""
+        more = wire.Answer(more=True)
+        if isinstance(request, wire.Read):
+            pieces = self._read(storage, request)
+        else:
+            pieces = self._list(storage, request)
+        last = b""
+        for piece in pieces:
+            if last:
+                self._answer(number, more, last)
+            last = piece
+        return last
+
+    def _read(self, storage: FolderStorage, request: wire.Read) -> Iterator[bytes]:
+        fd = storage.open(self._confines.name(storage.root, request.name))
         try:
-            size = os.fstat(fd).st_size
-            end = size if request.length is None else min(size, request.offset + request.length)
+            end = os.fstat(fd).st_size
+            if request.length is not None:
+                end = min(end, request.offset + request.length)
             offset = request.offset
-            while end - offset > wire.PIECE:
-                data = os.pread(fd, wire.PIECE, offset)
-                self._answer(wire.Answer(request.id, more=True), data)
+            while offset < end and (data := os.pread(fd, min(wire.PIECE, end - offset), offset)):
+                yield data
                 offset += len(data)
-                if not data:
-                    break
-            last = os.pread(fd, max(end - offset, 0), offset) if offset < end else b""
-            self._answer(wire.Answer(request.id), last)
         finally:
             os.close(fd)
 
-    def _list(self, storage: FolderStorage, prefix: str, request: wire.List) -> None:
+    def _list(self, storage: FolderStorage, request: wire.List) -> Iterator[bytes]:
+        prefix = self._confines.name(storage.root, request.prefix.rstrip("/"))
         if request.sizes:
             entries = (entry for entry in storage.list(prefix) if wire.is_name(entry.name))
             found = [f"{entry.size} {entry.name}" for entry in entries]
         else:
             found = [name for name in storage.list_names(prefix) if wire.is_name(name)]
         for start in range(0, len(found), _LINES):
-            self._answer(wire.Answer(request.id, more=True), wire.lines(found[start : start + _LINES]))
-        self._answer(wire.Answer(request.id))
+            yield wire.lines(found[start : start + _LINES])
 
 
 def _write_all(fd: int, data: bytes) -> None:

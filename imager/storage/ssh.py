@@ -65,7 +65,8 @@ class Address:
             shown = wire.printable(re.sub(r"(?<=//)([^/@:]*):[^/@]*@", r"\1:***@", url), 200)
             raise UsageError(
                 f"not an ssh address: {shown}",
-                hint="write ssh://[USER@]HOST[:PORT]/FOLDER; keys, jumps and other options belong into ~/.ssh/config",
+                hint="write ssh://[USER@]HOST[:PORT]/FOLDER; "
+                "keys, jumps and other options belong into ~/.ssh/config",
             )
         port = int(found["port"]) if found["port"] else None
         if port is not None and not 0 < port < 65536:
@@ -103,9 +104,7 @@ class _Link:
             address.argv(unattended=unattended), hint="install OpenSSH's client (package openssh-client)"
         )
         try:
-            self.connection = Connection(
-                self.ssh.stdout, self.ssh.stdin, address.path, ended=self._ended
-            )
+            self.connection = Connection(self.ssh.stdout, self.ssh.stdin, address.path, ended=self._ended)
         except BaseException:
             self.ssh.end(0.5)
             raise
@@ -214,7 +213,8 @@ class SshStorage:
                 reason: StorageError = error
         raise StorageError(
             f"the connection to {self.address.host} was lost and cannot be made again: {reason.message}",
-            hint="run the same command again when the network is back; what is stored already is not sent twice",
+            hint="run the same command again when the network is back; "
+            "what is stored already is not sent twice",
         )
 
     def _do(self, work: Callable[[Connection, bool], T]) -> T:
@@ -239,25 +239,19 @@ class SshStorage:
             f"the connection to {self.address.host} is lost again and again: {last.message}", hint=last.hint
         )
 
-    def _call(self, kind: Callable[..., wire.Request], **fields: object) -> int | None:
-        return self._do(lambda connection, _: connection.call(kind, **fields))
+    def _call(self, request: wire.Request) -> int | None:
+        return self._do(lambda connection, _: connection.call(request))
 
-    def _gather(self, kind: Callable[..., wire.Request], *, room: int, **fields: object) -> bytes:
+    def _gather(self, request: wire.Request, *, room: int = wire.MAX_OBJECT) -> bytes:
         """The bytes of an answer."""
-
-        def work(connection: Connection, _: bool) -> bytes:
-            parts: list[bytes] = []
-            connection.call(kind, parts.append, room=room, **fields)
-            return parts[0] if len(parts) == 1 else b"".join(parts)
-
-        return self._do(work)
+        return self._do(lambda connection, _: _bytes(connection, request, room))
 
     # --- reading ------------------------------------------------------------------------
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         """Bytes of an object. See `Storage.read`."""
         room = wire.MAX_OBJECT if length is None else length
-        return self._gather(wire.Read, room=room, name=_named(name), offset=offset, length=length)
+        return self._gather(wire.Read(_named(name), offset, length), room=room)
 
     def open(self, name: str) -> int:
         """A descriptor of a temporary copy. See `Storage.open`."""
@@ -272,7 +266,7 @@ class SshStorage:
                 at += len(data)
 
             try:
-                connection.call(wire.Read, keep, name=_named(name))
+                connection.call(wire.Read(_named(name)), keep)
             except BaseException:
                 os.close(fd)
                 raise
@@ -282,33 +276,24 @@ class SshStorage:
 
     def size(self, name: str) -> int:
         """Length in bytes. See `Storage.size`."""
-        return self._call(wire.Size, name=_named(name)) or 0
+        return self._call(wire.Size(_named(name))) or 0
 
     def exists(self, name: str) -> bool:
         """Whether there is such an object. See `Storage.exists`."""
-        return bool(self._call(wire.Exists, name=_named(name)))
+        return bool(self._call(wire.Exists(_named(name))))
 
     def list_names(self, prefix: str) -> list[str]:
         """Names below a folder. See `Storage.list_names`."""
-        raw = self._gather(wire.List, room=wire.MAX_OBJECT, prefix=_named(prefix.rstrip("/")))
+        raw = self._gather(wire.List(_named(prefix.rstrip("/"))))
         return [wire.check_name(name) for name in wire.split_lines(raw)]
-
-    def list(self, prefix: str) -> Iterator[Entry]:
-        """Names and sizes. See `Storage.list`."""
-        raw = self._gather(wire.List, room=wire.MAX_OBJECT, prefix=_named(prefix.rstrip("/")), sizes=True)
-        for line in wire.split_lines(raw):
-            size, _, name = line.partition(" ")
-            if not size.isdecimal() or len(size) > 19:
-                raise wire.ProtocolError("a listing without sizes")
-            yield Entry(wire.check_name(name), int(size))
 
     def free_space(self) -> int | None:
         """Bytes that can still be stored there. See `Storage.free_space`."""
-        return self._call(wire.Space)
+        return self._call(wire.Space())
 
     def strangers(self) -> list[str]:
         """What is there and no repository's. See `Storage.strangers`."""
-        return wire.split_lines(self._gather(wire.Strangers, room=wire.PIECE))
+        return wire.split_lines(self._gather(wire.Strangers(), room=wire.PIECE))
 
     # --- writing ------------------------------------------------------------------------
 
@@ -324,11 +309,13 @@ class SshStorage:
                 staged.discard()
             return
 
+        compare = wire.Read(name, 0, len(data) + 1)
+
         def work(connection: Connection, again: bool) -> None:
             try:
-                connection.call(wire.Create, name=name, body=data)
+                connection.call(wire.Create(name), body=data)
             except AlreadyExists:
-                if not again or _read(connection, name, len(data) + 1) != data:
+                if not again or _bytes(connection, compare, len(data) + 1) != data:
                     raise
 
         self._do(work)
@@ -344,20 +331,20 @@ class SshStorage:
             try:
                 connection.upload(fd, size, name)
             except AlreadyExists:
-                if not again or _digest(connection, name) != _own_digest(fd, size):
+                if not again or _bytes(connection, wire.Digest(name), 32) != _digest(fd, size):
                     raise
 
         self._do(work)
 
     def move(self, name: str, target: str) -> None:
         """Rename. See `Storage.move`."""
-        fields = {"name": _named(name), "target": _named(target)}
+        request = wire.Move(_named(name), _named(target))
 
         def work(connection: Connection, again: bool) -> None:
             try:
-                connection.call(wire.Move, **fields)
+                connection.call(request)
             except NotFound:
-                if not again or not connection.call(wire.Exists, name=target):
+                if not again or not connection.call(wire.Exists(target)):
                     raise
 
         self._do(work)
@@ -368,7 +355,7 @@ class SshStorage:
 
         def work(connection: Connection, again: bool) -> None:
             try:
-                connection.call(wire.Delete, name=name)
+                connection.call(wire.Delete(name))
             except NotFound:
                 if not again:
                     raise
@@ -378,11 +365,11 @@ class SshStorage:
     @contextmanager
     def initializing(self) -> Iterator[None]:
         """Prepare a new repository there. See `Storage.initializing`."""
-        self._call(wire.Begin)
+        self._call(wire.Begin())
         self._held = True  # The far end keeps others out as long as this very connection lives.
         try:
             yield
-            self._call(wire.End)
+            self._call(wire.End())
         except BaseException:
             # Whatever is held there ends with the connection.
             self.close()
@@ -392,7 +379,7 @@ class SshStorage:
 
     def sweep(self) -> list[str]:
         """Have the far end remove what dead writers left there. See `Storage.sweep`."""
-        return wire.split_lines(self._gather(wire.Sweep, room=wire.MAX_OBJECT))
+        return wire.split_lines(self._gather(wire.Sweep()))
 
     def close(self) -> None:
         """End the connection. See `Storage.close`."""
@@ -402,6 +389,15 @@ class SshStorage:
         if link is not None:
             self._requests += link.connection.requests
             link.close()
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        """Names and sizes. See `Storage.list`."""
+        raw = self._gather(wire.List(_named(prefix.rstrip("/")), sizes=True))
+        for line in wire.split_lines(raw):
+            size, _, name = line.partition(" ")
+            if not size.isdecimal() or len(size) > 19:
+                raise wire.ProtocolError("a listing without sizes")
+            yield Entry(wire.check_name(name), int(size))
 
     def __del__(self) -> None:
         # Who drops a storage without closing it must not leave an ssh behind.
@@ -415,19 +411,13 @@ def _named(name: str) -> str:
     return name
 
 
-def _read(connection: Connection, name: str, length: int) -> bytes:
+def _bytes(connection: Connection, request: wire.Request, room: int) -> bytes:
     parts: list[bytes] = []
-    connection.call(wire.Read, parts.append, room=length, name=name, length=length)
-    return b"".join(parts)
+    connection.call(request, parts.append, room=room)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def _digest(connection: Connection, name: str) -> bytes:
-    parts: list[bytes] = []
-    connection.call(wire.Digest, parts.append, room=32, name=name)
-    return b"".join(parts)
-
-
-def _own_digest(fd: int, size: int) -> bytes:
+def _digest(fd: int, size: int) -> bytes:
     import hashlib
 
     digest = hashlib.sha256()

@@ -8,12 +8,13 @@ exception. docs/design/wire-protocol.md describes all of it for who writes a pee
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import struct
 from collections.abc import Sequence
 from threading import Lock
-from typing import Annotated, BinaryIO, TypeAlias
+from typing import Annotated, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -34,7 +35,7 @@ MAX_IN_FLIGHT = 16
 "Requests that a client of ours has under way at once; a server takes as many and then reads no further."
 
 _PREAMBLE = struct.Struct("<8sHHI")
-_LENGTHS = struct.Struct("<II")
+_PREFIX = struct.Struct("<III")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(?:/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 _MAX_NAME = 255
 _MAX_PATH = 4095
@@ -54,25 +55,23 @@ class Refused(StorageError):
 
 # --- requests --------------------------------------------------------------------------------
 
-_Id: TypeAlias = Annotated[int, msgspec.Meta(ge=1, lt=1 << 32)]
+_Upload: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 _Size: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=MAX_OBJECT)]
 _Offset: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 _Text: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=_MAX_PATH)]
 
 
 class _Request(msgspec.Struct, frozen=True, tag_field="verb", tag=str.lower, forbid_unknown_fields=True):
-    """`id` comes back in the answer; the client gives each of its requests under way another one."""
-
-    id: _Id
+    """What a client asks for; on the wire a map whose `verb` is the class's name in small letters."""
 
 
-class Open(_Request):
+class Open(_Request, frozen=True):
     """Choose the folder that all further requests are about. First, and once."""
 
     path: _Text
 
 
-class Read(_Request):
+class Read(_Request, frozen=True):
     """Bytes of an object from `offset`, at most `length`; None: to its end."""
 
     name: _Text
@@ -80,85 +79,88 @@ class Read(_Request):
     length: _Offset | None = None
 
 
-class Size(_Request):
+class Size(_Request, frozen=True):
     """Length of an object: `value`."""
 
     name: _Text
 
 
-class Exists(_Request):
+class Exists(_Request, frozen=True):
     """Whether there is such an object: `value` 0 or 1."""
 
     name: _Text
 
 
-class List(_Request):
+class List(_Request, frozen=True):
     """Objects below a folder, a line each: the name, or with `sizes` the size, a space and the name."""
 
     prefix: _Text
     sizes: bool = False
 
 
-class Create(_Request):
+class Create(_Request, frozen=True):
     """Make an object of the body."""
 
     name: _Text
 
 
-class Write(_Request):
-    """Append the body to an upload; `id` is the upload's. The first one begins it. No answer."""
+class Write(_Request, frozen=True):
+    """Append the body to an upload. The first one, at offset 0, begins it. No answer."""
 
+    upload: _Upload
     offset: _Size
 
 
-class Discard(_Request):
-    """Forget an upload; `id` is the upload's. No answer."""
+class Discard(_Request, frozen=True):
+    """Forget an upload. No answer."""
+
+    upload: _Upload
 
 
-class Publish(_Request):
+class Publish(_Request, frozen=True):
     """Make an object of an upload's `size` bytes. The upload is over, whatever the answer."""
 
-    upload: _Id
+    upload: _Upload
     name: _Text
     size: _Size
 
 
-class Digest(_Request):
+class Digest(_Request, frozen=True):
     """SHA-256 of an object's bytes: a body of 32 bytes."""
 
     name: _Text
 
 
-class Move(_Request):
+class Move(_Request, frozen=True):
     """Give an object another, free name."""
 
     name: _Text
     target: _Text
 
 
-class Delete(_Request):
+class Delete(_Request, frozen=True):
     """Remove an object."""
 
     name: _Text
 
 
-class Space(_Request):
+class Space(_Request, frozen=True):
     """Bytes that can still be stored: `value`, or none."""
 
 
-class Strangers(_Request):
+class Strangers(_Request, frozen=True):
     """Names at the top that no repository has, a line each."""
 
 
-class Sweep(_Request):
+class Sweep(_Request, frozen=True):
     """Remove what dead writers left; the names, a line each."""
 
 
-class Begin(_Request):
-    """Prepare an empty folder for a new repository, and keep others out until `End` or the connection's end."""
+class Begin(_Request, frozen=True):
+    """Prepare an empty folder for a new repository; keeps others out until `End` or the connection ends."""
 
 
-class End(_Request):
+class End(_Request, frozen=True):
     """What `Begin` began is over."""
 
 
@@ -195,9 +197,8 @@ class Failure(msgspec.Struct, frozen=True):
 
 
 class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A frame of the answer to request `id`; `more` frames follow. 0: about the connection itself."""
+    """A frame of an answer; `more` frames follow or not."""
 
-    id: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
     more: bool = False
     value: int | None = None
     error: Failure | None = None
@@ -277,7 +278,7 @@ def agree(raw: bytes, own: tuple[int, int] = VERSIONS) -> int:
     """The version to speak with who sent the preamble `raw`. Raises `ProtocolError`."""
     if len(raw) != _PREAMBLE.size or not raw.startswith(MAGIC):
         raise ProtocolError("the other end does not speak this protocol")
-    _, oldest, newest, _ = _PREAMBLE.unpack(raw)
+    oldest, newest = int.from_bytes(raw[8:10], "little"), int.from_bytes(raw[10:12], "little")
     version = min(newest, own[1])
     if version < max(oldest, own[0]):
         raise ProtocolError(
@@ -288,11 +289,22 @@ def agree(raw: bytes, own: tuple[int, int] = VERSIONS) -> int:
     return version
 
 
+class Frame(NamedTuple):
+    """A message on its way. `number` is that of the request; the client gives each one under way another.
+
+    Number 0 is for what the server says of the connection itself.
+    """
+
+    number: int
+    head: bytes
+    body: bytes
+
+
 class FrameReader:
     """Reads frames from a descriptor, which stays the caller's. One thread at a time."""
 
     def __init__(self, fd: int) -> None:
-        self._file: BinaryIO = open(fd, "rb", buffering=64 << 10, closefd=False)
+        self._file = io.BufferedReader(io.FileIO(fd, closefd=False), 64 << 10)
 
     def preamble(self) -> bytes:
         """The first bytes, fewer where there are no more. Raises OSError."""
@@ -303,19 +315,19 @@ class FrameReader:
         os.set_blocking(self._file.fileno(), False)
         return self._file.read(200) or b""
 
-    def frame(self) -> tuple[bytes, bytes] | None:
-        """(head, body); None at the end, even in the midst of a frame. Raises `ProtocolError`, OSError."""
-        lengths = self._file.read(_LENGTHS.size)
-        if len(lengths) < _LENGTHS.size:
+    def frame(self) -> Frame | None:
+        """The next one; None at the end, even in the midst of a frame. Raises `ProtocolError`, OSError."""
+        prefix = self._file.read(_PREFIX.size)
+        if len(prefix) < _PREFIX.size:
             return None
-        head_length, body_length = _LENGTHS.unpack(lengths)
+        number, head_length, body_length = _PREFIX.unpack(prefix)
         if not 0 < head_length <= MAX_HEAD or body_length > PIECE:
             raise ProtocolError(f"a frame of {head_length} and {body_length} bytes is too long")
         head = self._file.read(head_length)
         body = self._file.read(body_length) if body_length else b""
         if len(head) < head_length or len(body) < body_length:
             return None
-        return head, body
+        return Frame(number, head, body)
 
 
 class FrameWriter:
@@ -330,16 +342,16 @@ class FrameWriter:
         with self._lock:
             self._all([data])
 
-    def frame(self, message: Request | Answer, body: bytes | memoryview = b"") -> None:
+    def frame(self, number: int, message: Request | Answer, body: bytes = b"") -> None:
         """One whole frame. Raises OSError; `ProtocolError` where it's longer than a frame may be."""
         head = encode(message)
         if len(head) > MAX_HEAD or len(body) > PIECE:
             raise ProtocolError(f"a frame of {len(head)} and {len(body)} bytes is too long")
         with self._lock:
-            self._all([_LENGTHS.pack(len(head), len(body)) + head, body])
+            self._all([_PREFIX.pack(number, len(head), len(body)) + head, body])
 
-    def _all(self, parts: Sequence[bytes | memoryview]) -> None:
-        left = [memoryview(part) for part in parts if len(part)]
+    def _all(self, parts: Sequence[bytes]) -> None:
+        left = [memoryview(part) for part in parts if part]
         while left:
             done = os.writev(self._fd, left)
             while left and done >= len(left[0]):

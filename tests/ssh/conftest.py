@@ -66,7 +66,9 @@ class Sshd:
     def start(self) -> None:
         """Listen; at the same port as before where there was one."""
         if os.geteuid() == 0:
-            os.makedirs("/run/sshd", 0o755, exist_ok=True)  # sshd asks for it; the package's service makes it.
+            os.makedirs(
+                "/run/sshd", 0o755, exist_ok=True
+            )  # sshd asks for it; the package's service makes it.
         for _ in range(5):
             self.port = self.port or free_port()
             config = self.folder / "sshd_config"
