@@ -130,29 +130,32 @@ class Piped:
         return [line for line in self._said.decode(errors="replace").splitlines() if line.strip()]
 
     def wait(self, timeout: float) -> int | None:
-        """Its exit code, once all that it said is here; None where it still runs after `timeout` seconds."""
+        """Its exit code, once what it said is here; None where it still runs after `timeout` seconds."""
         try:
             code = self._process.wait(timeout)
         except subprocess.TimeoutExpired:
             return None
-        self._listener.join(timeout)
+        self._listener.join(min(timeout, 1))  # Whoever it started may hold its standard error open for long.
         return code
 
+    def kill(self) -> None:
+        """End it at once."""
+        self._process.kill()
+        self._process.wait()
+
     def hang_up(self) -> None:
-        """End its input. Call it when nobody writes to `stdin` any more."""
+        """End its input. Nobody may write to `stdin` after this."""
         assert self._process.stdin
         self._process.stdin.close()
 
     def end(self, timeout: float = 5) -> None:
-        """End it, gently at first; nobody may use its descriptors after this."""
+        """End it, gently at first. Nobody may use its descriptors after this."""
         assert self._process.stdout and self._process.stderr
         self.hang_up()
         if self.wait(timeout) is None:
             self._process.terminate()
             if self.wait(timeout) is None:
-                self._process.kill()
-                self._process.wait()
+                self.kill()
         self._process.stdout.close()
-        # Whoever it started may hold its standard error open; the listener then ends with them.
         if not self._listener.is_alive():
             self._process.stderr.close()

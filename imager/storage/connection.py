@@ -66,8 +66,7 @@ class Connection:
     `ended()` is asked for the reason when the other end is gone.
     """
 
-    def __init__(self, source: int, sink: int, path: str, *, ended: Callable[[], StorageError]) -> None:
-        """Agree on a version and open the folder `path` there. Raises what `ended` gives, `StorageError`."""
+    def __init__(self, source: int, sink: int, *, ended: Callable[[], StorageError]) -> None:
         self._reader = wire.FrameReader(source)
         self._writer = wire.FrameWriter(sink)
         self._ended = ended
@@ -78,12 +77,17 @@ class Connection:
         self._thread = threading.Thread(target=self._listen, name="answers", daemon=True)
         self.requests = 0
         "How many answers were waited for."
+
+    def open(self, path: str) -> wire.Served:
+        """Agree on a version and choose the folder `path` there: what is served.
+
+        Raises what `ended` gives, `StorageError`.
+        """
         self._greet()
         self._thread.start()
         body: list[bytes] = []
         self.call(wire.Open(path), body.append)
-        self.served = wire.parse_served(b"".join(body))
-        "What the other end is, and what it permits."
+        return wire.parse_served(b"".join(body))
 
     def _greet(self) -> None:
         try:
@@ -106,6 +110,16 @@ class Connection:
     def lost(self) -> bool:
         """Whether it is of no more use."""
         return self._lost is not None
+
+    def close(self) -> None:
+        """Send nothing any more. What is under way gets `Lost` when the other end hangs up."""
+        self._writer.close()
+
+    def join(self, timeout: float) -> bool:
+        """Wait until nothing is read any more; False where something still may be."""
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
 
     # --- answers ------------------------------------------------------------------------
 

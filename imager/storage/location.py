@@ -65,10 +65,9 @@ def _bare(place: str) -> Storage:
 
         return ObjectStorage.connect(place)
     if scheme[1] == "ssh":
-        from importlib import import_module
+        from imager.storage.ssh import SshStorage
 
-        storage: Storage = import_module("imager.storage.ssh").SshStorage.connect(place)
-        return storage
+        return SshStorage.connect(place)
     raise UsageError(
         f"this version cannot keep a repository at {scheme[1]}:// addresses",
         hint="give the path of a folder, or an address with s3://, gs://, az:// or ssh://",

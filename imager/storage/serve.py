@@ -29,7 +29,7 @@ _Result: TypeAlias = int | bytes | None
 
 _WORKERS = 8
 _MAX_STRANGERS = 100
-_LINES = 2048
+_LINES = 1024
 "Names in one frame of a list: fewer than fit even where each is as long as it may be."
 
 
@@ -257,8 +257,6 @@ class Server:
                 self._rights.create(named(request.name))
                 storage.create(request.name, body)
                 self._rights.created(request.name)
-            case wire.Digest():
-                return _digest(storage, named(request.name))
             case wire.Move():
                 named(request.target)
                 self._rights.move(named(request.name))
@@ -318,15 +316,6 @@ def _write_all(fd: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
-
-
-def _digest(storage: FolderStorage, name: str) -> bytes:
-    """SHA-256 of an object."""
-    import hashlib
-
-    fd = storage.open(name)
-    with open(fd, "rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _failure(error: ImagerError) -> wire.Failure:

@@ -3,8 +3,7 @@
 Invariant: what a person writes in an address never becomes an option of ssh or
 a word of a shell: the argument vector is fixed, user, host and port have their
 form checked and stand where only they can stand, and the path travels in the
-protocol. A connection that is lost is made again, and what was under way is
-repeated, so that a call either took effect once or failed.
+protocol. All threads share one connection; a lost one is made again by the next call.
 """
 
 from __future__ import annotations
@@ -13,23 +12,19 @@ import os
 import re
 import shlex
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
 from urllib.parse import unquote
 
 from imager import command
 from imager.errors import CommandError, StorageError, UsageError
 from imager.storage import wire
 from imager.storage.base import Entry, Staged
-from imager.storage.connection import Connection, Lost
-from imager.storage.errors import AlreadyExists, NotFound
+from imager.storage.connection import Connection, Lost, Sink
+from imager.storage.errors import Unavailable
 from imager.storage.spool import Spool, temporary, write_at
-from imager.storage.ssh_errors import Unreachable, explain
-
-T = TypeVar("T")
+from imager.storage.ssh_errors import explain
 
 # No `--` is needed for what these let through, and it is given all the same.
 _URL = re.compile(
@@ -43,9 +38,6 @@ _OPTIONS = (
     *("-T", "-a", "-x", "-oClearAllForwardings=yes"),
     *("-oServerAliveInterval=15", "-oServerAliveCountMax=4"),
 )
-_BACKOFF = (0.2, 1, 2, 4, 8, 16, 30)
-_TRIES = 4
-"How many connections one call may use up before it fails."
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +91,20 @@ class _Link:
     """A running ssh with the connection through it."""
 
     def __init__(self, address: Address, *, unattended: bool) -> None:
+        """Connect. Raises `Unavailable` where a later attempt may succeed, `StorageError`."""
         self.address = address
-        self.ssh = command.Piped(
-            address.argv(unattended=unattended), hint="install OpenSSH's client (package openssh-client)"
-        )
         try:
-            self.connection = Connection(self.ssh.stdout, self.ssh.stdin, address.path, ended=self._ended)
+            self.ssh = command.Piped(
+                address.argv(unattended=unattended), hint="install OpenSSH's client (package openssh-client)"
+            )
+        except CommandError as error:
+            raise StorageError(error.message, hint=error.hint) from error
+        self.connection = Connection(self.ssh.stdout, self.ssh.stdin, ended=self._ended)
+        try:
+            self.connection.open(address.path)
         except BaseException:
-            self.ssh.end(0.5)
+            self.ssh.kill()
+            self.close()
             raise
 
     def _ended(self) -> StorageError:
@@ -114,45 +112,47 @@ class _Link:
         return explain(self.address.host, code, self.ssh.said())
 
     def close(self) -> None:
+        """End it; calls that are under way get `Lost`."""
+        if self.connection.lost:
+            self.ssh.kill()  # Or somebody could be writing to it for ever.
+        # Descriptors are closed when no thread uses them any more: their numbers may soon be those of files.
+        self.connection.close()
+        self.ssh.hang_up()
+        if not self.connection.join(5):
+            self.ssh.kill()
+            self.connection.join(60)
         self.ssh.end()
 
 
 class SshStorage:
-    """The objects of a folder on another machine. See `Storage`."""
+    """The objects of a folder on another machine. See `Storage`.
+
+    A call whose connection is lost raises `Unavailable`; the next call makes a new
+    connection. `imager.storage.retry` knows what is safe to repeat, and how often.
+    """
 
     local = False
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        backoff: Sequence[float] = _BACKOFF,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
-        """Nothing is connected until the first call. `backoff`: seconds to wait before each new attempt
-        to make a lost connection again. Raises `UsageError`."""
+    def __init__(self, url: str) -> None:
+        """Nothing is connected until the first call. Raises `UsageError`."""
         self.url = url
         self.address = Address.parse(url)
-        self._backoff = backoff
-        self._sleep = sleep
         self._spool = Spool(self._upload, self.read)
         self._in_flight = threading.BoundedSemaphore(wire.MAX_IN_FLIGHT)
         self._lock = threading.Lock()
         self._link: _Link | None = None
         self._closed = False
-        self._held = False
-        self._given_up = 0
-        self._reason: StorageError | None = None
+        self._making = False
+        self._attempts = 0
+        self._failure: StorageError | None = None
         self._requests = 0
         self.connections = 0
         "How many connections were made so far."
 
     @classmethod
     def connect(cls, url: str) -> SshStorage:
-        """The storage at `url`, connected. Raises `UsageError`, `StorageError`."""
-        storage = cls(url)
-        storage._connected(0)
-        return storage
+        """The storage at an `ssh://` URL, connected with its first call. Raises `UsageError`."""
+        return cls(url)
 
     @property
     def requests(self) -> int:
@@ -167,84 +167,67 @@ class SshStorage:
 
     # --- the connection ------------------------------------------------------------------
 
-    def _connected(self, given_up: int) -> Connection:
-        """A connection that is not known to be lost. `given_up`: the number when the call began."""
+    def _connected(self) -> Connection:
+        """A connection that is not known to be lost. Raises `Unavailable`, `StorageError`."""
         link = self._link
         if link is not None and not link.connection.lost:
             return link.connection
+        attempts = self._attempts
         with self._lock:
             if self._closed:
                 raise StorageError(f"the connection to {self.address.host} is closed")
-            if self._given_up != given_up and self._reason is not None:
-                raise self._reason  # Another thread has just tried for long.
             if self._link is not None and not self._link.connection.lost:
                 return self._link.connection
+            if attempts != self._attempts and self._failure is not None:
+                raise self._failure  # Another thread has tried while this one waited: that will do.
+            self._drop()
+            self._attempts += 1
             try:
-                if self._link is None:
-                    self._link = self._begin(unattended=False)
-                else:
-                    self._again()
-            except CommandError as error:
-                raise StorageError(error.message, hint=error.hint) from error
+                # Only the first time may ssh ask for something: nobody may be there any more later on.
+                self._link = _Link(self.address, unattended=self.connections > 0)
             except StorageError as error:
-                self._given_up += 1
-                self._reason = error
+                self._failure = error
+                if not self.connections and isinstance(error, Unavailable):
+                    # Nothing has been lost yet, and the address may be wrong: to wait would not help.
+                    raise StorageError(error.message, hint=error.hint) from error
                 raise
+            self._failure = None
+            self.connections += 1
             return self._link.connection
 
-    def _begin(self, *, unattended: bool) -> _Link:
-        link = _Link(self.address, unattended=unattended)
-        self.connections += 1
-        return link
+    def _drop(self) -> None:
+        link, self._link = self._link, None
+        if link is not None:
+            self._requests += link.connection.requests
+            link.close()
 
-    def _again(self) -> None:
-        """Make a lost connection again, with patience. Raises `StorageError`."""
-        assert self._link is not None
-        lost = self._link
-        self._requests += lost.connection.requests
-        lost.connection.requests = 0
-        lost.close()
-        for pause in self._backoff:
-            self._sleep(pause)
-            try:
-                self._link = self._begin(unattended=True)
-                return
-            except Unreachable as error:
-                reason: StorageError = error
-        raise StorageError(
-            f"the connection to {self.address.host} was lost and cannot be made again: {reason.message}",
-            hint="run the same command again when the network is back; "
-            "what is stored already is not sent twice",
-        )
-
-    def _do(self, work: Callable[[Connection, bool], T]) -> T:
-        """Do `work` over a connection; over a new one where that is lost meanwhile.
-
-        It is told whether it may have taken effect before.
-        """
-        given_up = self._given_up
+    def _call(
+        self,
+        request: wire.Request,
+        sink: Sink | None = None,
+        *,
+        room: int = wire.MAX_OBJECT,
+        body: bytes = b"",
+    ) -> int | None:
         with self._in_flight:
-            for attempt in range(_TRIES):
-                connection = self._connected(given_up)
-                try:
-                    return work(connection, attempt > 0)
-                except Lost as error:
-                    if self._held:
-                        raise StorageError(
-                            f"the connection was lost while a repository was being made: {error.message}",
-                            hint="run imager init again",
-                        ) from error
-                    last = error
-        raise StorageError(
-            f"the connection to {self.address.host} is lost again and again: {last.message}", hint=last.hint
-        )
+            try:
+                return self._connected().call(request, sink, room=room, body=body)
+            except Lost as error:
+                raise self._lost(error) from error
 
-    def _call(self, request: wire.Request) -> int | None:
-        return self._do(lambda connection, _: connection.call(request))
+    def _lost(self, error: Lost) -> StorageError:
+        if not self._making:
+            return error
+        return StorageError(
+            f"the connection was lost while a repository was being made: {error.message}",
+            hint="run imager init again",
+        )
 
     def _gather(self, request: wire.Request, *, room: int = wire.MAX_OBJECT) -> bytes:
         """The bytes of an answer."""
-        return self._do(lambda connection, _: _bytes(connection, request, room))
+        parts: list[bytes] = []
+        self._call(request, parts.append, room=room)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     # --- reading ------------------------------------------------------------------------
 
@@ -255,24 +238,20 @@ class SshStorage:
 
     def open(self, name: str) -> int:
         """A descriptor of a temporary copy. See `Storage.open`."""
+        fd = temporary()
+        at = 0
 
-        def work(connection: Connection, _: bool) -> int:
-            fd = temporary()
-            at = 0
+        def keep(data: bytes) -> None:
+            nonlocal at
+            write_at(fd, data, at)
+            at += len(data)
 
-            def keep(data: bytes) -> None:
-                nonlocal at
-                write_at(fd, data, at)
-                at += len(data)
-
-            try:
-                connection.call(wire.Read(_named(name)), keep)
-            except BaseException:
-                os.close(fd)
-                raise
-            return fd
-
-        return self._do(work)
+        try:
+            self._call(wire.Read(_named(name)), keep)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
 
     def size(self, name: str) -> int:
         """Length in bytes. See `Storage.size`."""
@@ -299,26 +278,15 @@ class SshStorage:
 
     def create(self, name: str, data: bytes) -> None:
         """Make an object. See `Storage.create`."""
-        _named(name)
-        if len(data) > wire.PIECE:
-            staged = self.stage()
-            try:
-                write_at(staged.fd, data, 0)
-                staged.publish(name)
-            finally:
-                staged.discard()
+        if len(data) <= wire.PIECE:
+            self._call(wire.Create(_named(name)), body=data)
             return
-
-        compare = wire.Read(name, 0, len(data) + 1)
-
-        def work(connection: Connection, again: bool) -> None:
-            try:
-                connection.call(wire.Create(name), body=data)
-            except AlreadyExists:
-                if not again or _bytes(connection, compare, len(data) + 1) != data:
-                    raise
-
-        self._do(work)
+        staged = self.stage()
+        try:
+            write_at(staged.fd, data, 0)
+            staged.publish(name)
+        finally:
+            staged.discard()
 
     def stage(self) -> Staged:
         """Begin an object in a local file without a name. See `Storage.stage`."""
@@ -326,47 +294,25 @@ class SshStorage:
 
     def _upload(self, name: str, fd: int, size: int) -> None:
         _named(name)
-
-        def work(connection: Connection, again: bool) -> None:
+        with self._in_flight:
             try:
-                connection.upload(fd, size, name)
-            except AlreadyExists:
-                if not again or _bytes(connection, wire.Digest(name), 32) != _digest(fd, size):
-                    raise
-
-        self._do(work)
+                self._connected().upload(fd, size, name)
+            except Lost as error:
+                raise self._lost(error) from error
 
     def move(self, name: str, target: str) -> None:
         """Rename. See `Storage.move`."""
-        request = wire.Move(_named(name), _named(target))
-
-        def work(connection: Connection, again: bool) -> None:
-            try:
-                connection.call(request)
-            except NotFound:
-                if not again or not connection.call(wire.Exists(target)):
-                    raise
-
-        self._do(work)
+        self._call(wire.Move(_named(name), _named(target)))
 
     def delete(self, name: str) -> None:
         """Remove. See `Storage.delete`."""
-        _named(name)
-
-        def work(connection: Connection, again: bool) -> None:
-            try:
-                connection.call(wire.Delete(name))
-            except NotFound:
-                if not again:
-                    raise
-
-        self._do(work)
+        self._call(wire.Delete(_named(name)))
 
     @contextmanager
     def initializing(self) -> Iterator[None]:
         """Prepare a new repository there. See `Storage.initializing`."""
         self._call(wire.Begin())
-        self._held = True  # The far end keeps others out as long as this very connection lives.
+        self._making = True  # The far end keeps others out as long as this very connection lives.
         try:
             yield
             self._call(wire.End())
@@ -375,7 +321,7 @@ class SshStorage:
             self.close()
             raise
         finally:
-            self._held = False
+            self._making = False
 
     def sweep(self) -> list[str]:
         """Have the far end remove what dead writers left there. See `Storage.sweep`."""
@@ -385,10 +331,12 @@ class SshStorage:
         """End the connection. See `Storage.close`."""
         with self._lock:
             self._closed = True
-            link, self._link = self._link, None
-        if link is not None:
-            self._requests += link.connection.requests
-            link.close()
+            self._drop()
+
+    def __del__(self) -> None:
+        # Who drops a storage without closing it must not leave an ssh behind.
+        if getattr(self, "_link", None) is not None:
+            self.close()
 
     def list(self, prefix: str) -> Iterator[Entry]:
         """Names and sizes. See `Storage.list`."""
@@ -399,28 +347,8 @@ class SshStorage:
                 raise wire.ProtocolError("a listing without sizes")
             yield Entry(wire.check_name(name), int(size))
 
-    def __del__(self) -> None:
-        # Who drops a storage without closing it must not leave an ssh behind.
-        if getattr(self, "_link", None) is not None:
-            self.close()
-
 
 def _named(name: str) -> str:
     if not wire.is_name(name):
         raise ValueError(f"not an object name: {name!r}")
     return name
-
-
-def _bytes(connection: Connection, request: wire.Request, room: int) -> bytes:
-    parts: list[bytes] = []
-    connection.call(request, parts.append, room=room)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def _digest(fd: int, size: int) -> bytes:
-    import hashlib
-
-    digest = hashlib.sha256()
-    for offset in range(0, size, wire.PIECE):
-        digest.update(os.pread(fd, min(wire.PIECE, size - offset), offset))
-    return digest.digest()

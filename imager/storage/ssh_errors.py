@@ -10,11 +10,7 @@ from collections.abc import Sequence
 
 from imager.errors import StorageError
 from imager.storage import wire
-
-
-class Unreachable(StorageError):
-    """The other machine does not answer now; later it may."""
-
+from imager.storage.errors import Unavailable
 
 # What ssh says, what that means, what to do, and whether waiting may help.
 _MEANINGS = (
@@ -82,7 +78,7 @@ def explain(host: str, code: int | None, said: Sequence[str]) -> StorageError:
         text = "\n".join(said)
         for words, meaning, hint, waiting in _MEANINGS:
             if any(word in text for word in words):
-                kind = Unreachable if waiting else StorageError
+                kind = Unavailable if waiting else StorageError
                 return kind(meaning.format(host=host) + reason, hint=hint)
     if code is not None and 0 <= code < 128:
         return StorageError(
@@ -92,4 +88,4 @@ def explain(host: str, code: int | None, said: Sequence[str]) -> StorageError:
     how = "the far end has hung up" if code is None else f"ssh ended with code {code}"
     if code is not None and code < 0:
         how = f"ssh was ended by signal {-code}"
-    return Unreachable(f"the connection to {host} broke: {how}{reason}")
+    return Unavailable(f"the connection to {host} broke: {how}{reason}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import struct
 from collections.abc import Sequence
 from threading import Lock
@@ -19,6 +18,7 @@ from typing import Annotated, NamedTuple, TypeAlias
 import msgspec
 
 from imager.errors import StorageError
+from imager.storage import base
 
 VERSIONS = (1, 1)
 "The oldest and the newest version of the protocol that this program speaks."
@@ -36,8 +36,6 @@ MAX_IN_FLIGHT = 16
 
 _PREAMBLE = struct.Struct("<8sHHI")
 _PREFIX = struct.Struct("<III")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(?:/[A-Za-z0-9][A-Za-z0-9._-]*)*")
-_MAX_NAME = 255
 _MAX_PATH = 4095
 
 
@@ -125,12 +123,6 @@ class Publish(_Request, frozen=True):
     size: _Size
 
 
-class Digest(_Request, frozen=True):
-    """SHA-256 of an object's bytes: a body of 32 bytes."""
-
-    name: _Text
-
-
 class Move(_Request, frozen=True):
     """Give an object another, free name."""
 
@@ -174,7 +166,6 @@ Request: TypeAlias = (
     | Write
     | Discard
     | Publish
-    | Digest
     | Move
     | Delete
     | Space
@@ -241,16 +232,19 @@ def parse_served(body: bytes) -> Served:
         raise ProtocolError(f"not a greeting: {error}") from error
 
 
-def check_name(name: str) -> str:
-    """`name` if it can be an object's. Raises `ProtocolError`."""
-    if len(name) > _MAX_NAME or not _NAME.fullmatch(name) or ".." in name:
-        raise ProtocolError(f"not an object name: {ascii(name[:100])}")
-    return name
-
-
 def is_name(name: str) -> bool:
     """Whether `name` can be an object's."""
-    return len(name) <= _MAX_NAME and _NAME.fullmatch(name) is not None and ".." not in name
+    try:
+        return ".." not in base.check_name(name)
+    except ValueError:
+        return False
+
+
+def check_name(name: str) -> str:
+    """`name` if it can be an object's. Raises `ProtocolError`."""
+    if not is_name(name):
+        raise ProtocolError(f"not an object name: {ascii(name[:100])}")
+    return name
 
 
 def check_path(path: str) -> str:
@@ -349,6 +343,11 @@ class FrameWriter:
             raise ProtocolError(f"a frame of {len(head)} and {len(body)} bytes is too long")
         with self._lock:
             self._all([_PREFIX.pack(number, len(head), len(body)) + head, body])
+
+    def close(self) -> None:
+        """Write no more: what comes after this is an OSError. Waits for a frame that is being written."""
+        with self._lock:
+            self._fd = -1
 
     def _all(self, parts: Sequence[bytes]) -> None:
         left = [memoryview(part) for part in parts if part]
