@@ -87,7 +87,10 @@ class Confines:
 
     def root(self, path: str) -> str:
         """The real path of the folder that a client names. Raises `ProtocolError`, `Refused`."""
-        real = os.path.realpath(os.path.expanduser(wire.check_path(path)))
+        try:
+            real = os.path.realpath(os.path.expanduser(wire.check_path(path)))
+        except UnicodeEncodeError as error:
+            raise wire.ProtocolError("the path has characters that no path has here") from error
         for folder in self._allowed:
             if real == folder or real.startswith(folder.rstrip("/") + "/"):
                 return real

@@ -249,7 +249,7 @@ def check_name(name: str) -> str:
 
 def check_path(path: str) -> str:
     """`path` if it can be a folder's: absolute or `~/...`, no control characters. Raises `ProtocolError`."""
-    if not path.startswith(("/", "~/")) or len(os.fsencode(path)) > _MAX_PATH or not path.isprintable():
+    if not path.isprintable() or not path.startswith(("/", "~/")) or len(path.encode()) > _MAX_PATH:
         raise ProtocolError(f"not a path: {ascii(path[:100])}", hint="write an absolute path, or ~/folder")
     return path
 
