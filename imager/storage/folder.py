@@ -72,6 +72,8 @@ class FolderStaged:
 class FolderStorage:
     """The objects are files below `root`. See `Storage`."""
 
+    local = True
+
     def __init__(self, root: str) -> None:
         self.root = os.path.abspath(root)
         self.url = self.root
@@ -385,6 +387,9 @@ class FolderStorage:
             finally:
                 os.close(fd)
         return swept
+
+    def close(self) -> None:
+        """Nothing stays open between two calls."""
 
     def list(self, prefix: str) -> Iterator[Entry]:
         """Objects with their sizes. Raises `StorageError`."""
