@@ -41,6 +41,7 @@ class Staged(Protocol):
         """Make the bytes durable, then the object `name` out of them.
 
         Raises `AlreadyExists` or another `StorageError`; the bytes are then discarded.
+        Raises `Unavailable` where the same call may succeed later: the bytes are then kept for it.
         """
 
     def discard(self) -> None:

@@ -39,7 +39,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
-from imager.storage.errors import StorageError
+from imager.storage.errors import StorageError, Unavailable
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -207,8 +207,12 @@ class SpooledStage:
             size = os.fstat(self.fd).st_size
             with _uploads.spend(size):
                 self._upload(name, self.fd, size)
-        finally:
+        except Unavailable:
+            raise
+        except BaseException:
             self.discard()
+            raise
+        self.discard()
 
     def discard(self) -> None:
         """Forget the bytes. See `Staged.discard`."""
