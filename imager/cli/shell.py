@@ -93,7 +93,7 @@ class Shell:
         """
         place = self.repository_name()
         from imager.repository.repository import Repository
-        from imager.storage.open import open_storage
+        from imager.storage.location import open_storage
 
         return Repository.begin(open_storage(place), self.credentials(), writing=writing)
 

@@ -13,10 +13,22 @@ call takes long, but many can be under way at once, from as many threads
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
+
+TOP = ("config", "slots", "epochs", "sessions", "sets", "packs", "maps", "index", "condemned", "damaged")
+"What a repository has at its top, but for a folder's staging area."
+_NAME = re.compile(r"[0-9A-Za-z_-][0-9A-Za-z._-]*(?:/[0-9A-Za-z_-][0-9A-Za-z._-]*)*")
+
+
+def check_name(name: str) -> str:
+    """`name` if a new object can have it in every storage. Raises ValueError."""
+    if len(name) > 512 or _NAME.fullmatch(name) is None:
+        raise ValueError(f"not an object name: {name!r}")
+    return name
 
 
 @dataclass(frozen=True, slots=True)

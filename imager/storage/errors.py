@@ -21,7 +21,7 @@ class NotFound(StorageError):
 
 
 class Gone(StorageError):
-    """The storage itself is not there: a folder removed, a disk unmounted."""
+    """The storage itself is not there: a folder removed, a disk unmounted, no such bucket."""
 
     kind = "gone"
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from imager.errors import Locked
-from imager.storage.base import Entry
+from imager.storage.base import Entry, check_name
 from imager.storage.errors import Gone, NotFound, refusal
 
 FOLDERS = ("slots", "epochs", "sessions", "sets", "packs", "maps", "index", "condemned", "tmp")
@@ -49,6 +49,7 @@ class FolderStaged:
     def publish(self, name: str) -> None:
         """Flush, link as `name`, flush the folder. See `Staged.publish`."""
         try:
+            check_name(name)
             os.fsync(self.fd)
             self._storage._link(self.fd, self._path, name)
         except OSError as error:
@@ -220,6 +221,7 @@ class FolderStorage:
 
     def create(self, name: str, data: bytes) -> None:
         """Make a durable object of `data`. Raises `AlreadyExists`, `StorageError`."""
+        check_name(name)
         staged = self.stage()
         try:
             view = memoryview(data)
@@ -291,7 +293,7 @@ class FolderStorage:
 
     def move(self, name: str, target: str) -> None:
         """Give an object another name; it never replaces one. Raises `NotFound`, `StorageError`."""
-        source, path = self._path(name), self._path(target)
+        source, path = self._path(name), self._path(check_name(target))
         try:
             os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
             try:

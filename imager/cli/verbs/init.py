@@ -30,7 +30,7 @@ def command(shell: Shell, place: str | None, encryption: str, block_size: int | 
     does not exist.
     """
     from imager.repository.repository import Repository
-    from imager.storage.open import open_storage
+    from imager.storage.location import open_storage
 
     place = place or shell.repository_name()
     repository = Repository.init(

@@ -15,7 +15,7 @@ from imager.errors import Locked, StorageError, UsageError
 from imager.storage.base import Entry, Storage
 from imager.storage.errors import AlreadyExists, Gone, NotFound
 from imager.storage.folder import FolderStorage
-from imager.storage.open import open_storage
+from imager.storage.location import open_storage
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a filesystem")
 
