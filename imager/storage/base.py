@@ -93,7 +93,7 @@ class Storage(Protocol):
         """Begin an object whose name is known later. Raises `StorageError`."""
 
     def list_names(self, prefix: str) -> list[str]:
-        """Names of the objects in the folder `prefix` (`sets/`) and below, unordered.
+        """Names of the objects in the folder `prefix` (`sets/`) and below, unordered; "": of all.
 
         Quick for hundreds of thousands of objects. Raises `StorageError`.
         """

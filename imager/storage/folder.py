@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from imager.errors import Locked
-from imager.storage.base import Entry, check_name
+from imager.storage.base import TOP, Entry, check_name
 from imager.storage.errors import Gone, NotFound, refusal
 
 FOLDERS = ("slots", "epochs", "sessions", "sets", "packs", "maps", "index", "condemned", "tmp")
@@ -133,6 +133,10 @@ class FolderStorage:
     def list_names(self, prefix: str) -> list[str]:
         """Names of the objects in a folder and the folders below it. Raises `StorageError`."""
         folder = prefix.rstrip("/")
+        if not folder:
+            present = {name for name in TOP if os.path.isdir(f"{self.root}/{name}")}
+            named = [name for part in sorted(present) for name in self.list_names(part)]
+            return named + (["config"] if self.exists("config") else [])
         try:
             return self._names(folder)
         except FileNotFoundError as error:

@@ -25,10 +25,16 @@ QUIET = ("stage", "free_space")
 class Recording(Wrapper):
     """Counts and lists the calls: `names` has (call, object name) in order, `calls` how many of each."""
 
-    def __init__(self, inner: Storage) -> None:
+    def __init__(
+        self,
+        inner: Storage,
+        calls: Counter[str] | None = None,
+        names: list[tuple[str, str]] | None = None,
+    ) -> None:
+        """Given `calls` and `names` are added to: several storages can be counted together."""
         super().__init__(inner)
-        self.calls: Counter[str] = Counter()
-        self.names: list[tuple[str, str]] = []
+        self.calls: Counter[str] = Counter() if calls is None else calls
+        self.names: list[tuple[str, str]] = [] if names is None else names
         self.most = 0
         "The most calls that were under way at once."
         self._now = 0
