@@ -302,7 +302,9 @@ class Server:
             os.close(fd)
 
     def _list(self, storage: FolderStorage, request: wire.List) -> Iterator[bytes]:
-        prefix = self._confines.name(storage.root, request.prefix.rstrip("/"))
+        prefix = request.prefix.rstrip("/")
+        if prefix:
+            self._confines.name(storage.root, prefix)
         if request.sizes:
             entries = (entry for entry in storage.list(prefix) if wire.is_name(entry.name))
             found = [f"{entry.size} {entry.name}" for entry in entries]

@@ -263,7 +263,7 @@ class SshStorage:
 
     def list_names(self, prefix: str) -> list[str]:
         """Names below a folder. See `Storage.list_names`."""
-        raw = self._gather(wire.List(_named(prefix.rstrip("/"))))
+        raw = self._gather(wire.List(_folder(prefix)))
         return [wire.check_name(name) for name in wire.split_lines(raw)]
 
     def free_space(self) -> int | None:
@@ -315,13 +315,12 @@ class SshStorage:
         self._making = True  # The far end keeps others out as long as this very connection lives.
         try:
             yield
-            self._call(wire.End())
-        except BaseException:
-            # Whatever is held there ends with the connection.
-            self.close()
-            raise
         finally:
             self._making = False
+            try:
+                self._call(wire.End())
+            except StorageError:
+                pass  # Then the connection is lost, and with it ended what it held.
 
     def sweep(self) -> list[str]:
         """Have the far end remove what dead writers left there. See `Storage.sweep`."""
@@ -340,7 +339,7 @@ class SshStorage:
 
     def list(self, prefix: str) -> Iterator[Entry]:
         """Names and sizes. See `Storage.list`."""
-        raw = self._gather(wire.List(_named(prefix.rstrip("/")), sizes=True))
+        raw = self._gather(wire.List(_folder(prefix), sizes=True))
         for line in wire.split_lines(raw):
             size, _, name = line.partition(" ")
             if not size.isdecimal() or len(size) > 19:
@@ -352,3 +351,7 @@ def _named(name: str) -> str:
     if not wire.is_name(name):
         raise ValueError(f"not an object name: {name!r}")
     return name
+
+
+def _folder(prefix: str) -> str:
+    return _named(prefix.rstrip("/")) if prefix else ""

@@ -90,9 +90,9 @@ class Exists(_Request, frozen=True):
 
 
 class List(_Request, frozen=True):
-    """Objects below a folder, a line each: the name, or with `sizes` the size, a space and the name."""
+    """Objects below a folder (of all where it is ""), a line each: the name, or `SIZE NAME`."""
 
-    prefix: _Text
+    prefix: Annotated[str, msgspec.Meta(max_length=_MAX_PATH)]
     sizes: bool = False
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Imager
-from tests.ssh.conftest import Sshd
+from tests.sshd import Sshd
 
 
 @pytest.fixture

@@ -43,8 +43,25 @@ def moto(request: pytest.FixtureRequest) -> Iterator[Place]:
     yield Place(url, lambda: open_storage(url))
 
 
+@contextmanager
+def ssh(request: pytest.FixtureRequest) -> Iterator[Place]:
+    server = request.getfixturevalue("sshd")
+    request.getfixturevalue("owner").use(request.getfixturevalue("monkeypatch"))
+    url = server.url(Path(request.getfixturevalue("tmp_path")) / "r")
+    made: list[Storage] = []
+
+    def connect() -> Storage:
+        made.append(open_storage(url))
+        return made[-1]
+
+    yield Place(url, connect)
+    for storage in made:
+        storage.close()
+
+
 BACKENDS: dict[str, Callable[[pytest.FixtureRequest], AbstractContextManager[Place]]] = {
     "folder": folder,
     "s3s": s3s,
     "moto": moto,
+    "ssh": ssh,
 }
