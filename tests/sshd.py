@@ -10,6 +10,7 @@ from __future__ import annotations
 import getpass
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -108,20 +109,33 @@ class Sshd:
             self._process.wait()
             self._process = None
 
+    @property
+    def running(self) -> bool:
+        return self._process is not None
+
     def sessions(self) -> list[int]:
-        """The processes of sshd that serve a connection now."""
+        """The processes that serve a connection now."""
         assert self._process is not None
         children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text()
         return [int(pid) for pid in children.split()]
 
+    def hang_up(self) -> None:
+        """Kill the processes that serve a connection."""
+        for pid in self.sessions():
+            os.kill(pid, signal.SIGKILL)
+
     def url(self, path: Path | str) -> str:
         return f"ssh://{getpass.getuser()}@127.0.0.1:{self.port}{path}"
 
-    def client(self, name: str, *, forced: str | None = None) -> Client:
-        """A client with a key of its own. `forced`: options of `imager serve` that its key is bound to."""
+    def client(self, name: str, *, forced: str | None = None, command: str | None = None) -> Client:
+        """A client with a key of its own.
+
+        `forced`: options of `imager serve` that its key is bound to; or any other `command`.
+        """
         key = self.new_key(name)
         public = key.with_suffix(".pub").read_text()
-        options = f'command="{self.imager} serve {forced}",restrict ' if forced is not None else ""
+        command = f"{self.imager} serve {forced}" if forced is not None else command
+        options = f'command="{command}",restrict ' if command else ""
         with self.authorized.open("a") as file:
             file.write(options + public)
         return Client(self, key)

@@ -95,7 +95,8 @@ class Server:
             worker.join()
 
     def _drop(self) -> None:
-        """Forget what is not finished."""
+        """Forget what is not finished, and say nothing more."""
+        self._writer.close(5)
         for upload in self._uploads.values():
             upload.discard()
         self._uploads.clear()

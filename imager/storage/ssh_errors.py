@@ -88,4 +88,6 @@ def explain(host: str, code: int | None, said: Sequence[str]) -> StorageError:
     how = "the far end has hung up" if code is None else f"ssh ended with code {code}"
     if code is not None and code < 0:
         how = f"ssh was ended by signal {-code}"
-    return Unavailable(f"the connection to {host} broke: {how}{reason}")
+    return Unavailable(
+        f"the connection to {host} broke: {how}{reason}", hint="if it always does, ssh -v tells more"
+    )

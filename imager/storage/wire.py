@@ -44,6 +44,9 @@ class ProtocolError(StorageError):
 
     kind = "protocol"
 
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint or "is it the same release of imager at both ends?")
+
 
 class Refused(StorageError):
     """The other end is not allowed to do this for us (append-only, read-only, outside the restriction)."""
@@ -187,7 +190,7 @@ class Failure(msgspec.Struct, frozen=True):
     hint: str | None = None
 
 
-class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
+class Answer(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """A frame of an answer; `more` frames follow or not."""
 
     more: bool = False
@@ -213,7 +216,7 @@ def parse_request(head: bytes) -> Request:
     try:
         return _requests.decode(head)
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
-        raise ProtocolError(f"not a request: {error}") from error
+        raise ProtocolError(f"the other end sent what is no request: {error}") from error
 
 
 def parse_answer(head: bytes) -> Answer:
@@ -221,7 +224,7 @@ def parse_answer(head: bytes) -> Answer:
     try:
         return _answers.decode(head)
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
-        raise ProtocolError(f"not an answer: {error}") from error
+        raise ProtocolError(f"the other end sent what is no answer: {error}") from error
 
 
 def parse_served(body: bytes) -> Served:
@@ -229,7 +232,7 @@ def parse_served(body: bytes) -> Served:
     try:
         return _served.decode(body)
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
-        raise ProtocolError(f"not a greeting: {error}") from error
+        raise ProtocolError(f"the other end sent what is no greeting: {error}") from error
 
 
 def is_name(name: str) -> bool:
@@ -301,8 +304,14 @@ class FrameReader:
         self._file = io.BufferedReader(io.FileIO(fd, closefd=False), 64 << 10)
 
     def preamble(self) -> bytes:
-        """The first bytes, fewer where there are no more. Raises OSError."""
-        return self._file.read(_PREAMBLE.size)
+        """The first bytes, fewer at the end and where they cannot become a preamble. Raises OSError."""
+        raw = b""
+        while len(raw) < _PREAMBLE.size and MAGIC.startswith(raw[: len(MAGIC)]):
+            part = self._file.read1(_PREAMBLE.size - len(raw))
+            if not part:
+                break
+            raw += part
+        return raw
 
     def rest(self) -> bytes:
         """What has arrived by now after something that was no preamble. Nothing can be read after it."""
@@ -344,10 +353,15 @@ class FrameWriter:
         with self._lock:
             self._all([_PREFIX.pack(number, len(head), len(body)) + head, body])
 
-    def close(self) -> None:
-        """Write no more: what comes after this is an OSError. Waits for a frame that is being written."""
-        with self._lock:
-            self._fd = -1
+    def close(self, timeout: float = -1) -> None:
+        """Write no more: what comes after this is an OSError.
+
+        Waits for a frame that is being written; with `timeout`, no longer than so many seconds.
+        """
+        held = self._lock.acquire(timeout=timeout)
+        self._fd = -1
+        if held:
+            self._lock.release()
 
     def _all(self, parts: Sequence[bytes]) -> None:
         left = [memoryview(part) for part in parts if part]
