@@ -35,6 +35,7 @@ VERBS = (
     "verify",
     "check",
     "restore",
+    "doctor",
     "lab",
     "completion",
 )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from imager.cli.reporters import TerminalReporter
     from imager.repository.credentials import Credentials
     from imager.repository.repository import Opening
+    from imager.storage.base import Storage
 
 PROGRESS_MODES = ("auto", "plain", "json", "none")
 
@@ -31,6 +32,8 @@ class Settings:
     passphrase_file: str | None = None
     passphrase_command: str | None = None
     keyfile: str | None = None
+    limit_upload: int | None = None
+    limit_download: int | None = None
     json: bool = False
     progress: str = "auto"
     verbose: int = 0
@@ -91,11 +94,21 @@ class Shell:
 
         Call `unlock()` on the result. Raises `NoRepository`, `WrongKey`, `UsageError`.
         """
-        place = self.repository_name()
+        storage = self.storage(self.repository_name())
         from imager.repository.repository import Repository
+
+        return Repository.begin(storage, self.credentials(), writing=writing)
+
+    def storage(self, place: str) -> Storage:
+        """The storage at `place`, with the limits that the settings ask for. Raises `UsageError`."""
         from imager.storage.location import open_storage
 
-        return Repository.begin(open_storage(place), self.credentials(), writing=writing)
+        settings = self.settings
+        if settings.limit_upload is None and settings.limit_download is None:
+            return open_storage(place)
+        from imager.storage.limit import Limits
+
+        return open_storage(place, Limits(settings.limit_upload, settings.limit_download))
 
 
 def plain(value: Any) -> Any:

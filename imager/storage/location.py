@@ -26,7 +26,7 @@ def open_storage(place: str, limits: Limits | None = None) -> Storage:
 
     Raises `UsageError` for other kinds, and where the address makes no sense.
     """
-    storage = _bare(place)
+    storage = _connect(place)
     if limits is not None and (limits.upload or limits.download):
         from imager.storage.limit import Limited
 
@@ -40,14 +40,20 @@ def open_storage(place: str, limits: Limits | None = None) -> Storage:
 
 def local_path(storage: Storage) -> str | None:
     """The folder of a local storage, whatever decorates it; None for a far one."""
+    inner = bare(storage)
+    return inner.root if isinstance(inner, FolderStorage) else None
+
+
+def bare(storage: Storage) -> Storage:
+    """The storage without its decorators."""
     from imager.storage.wrapper import Wrapper
 
     while isinstance(storage, Wrapper):
         storage = storage.inner
-    return storage.root if isinstance(storage, FolderStorage) else None
+    return storage
 
 
-def _bare(place: str) -> Storage:
+def _connect(place: str) -> Storage:
     if not place:
         raise UsageError("no repository named", hint="give -r PATH or set IMAGER_REPO")
     scheme = _SCHEME.match(place)
