@@ -89,26 +89,27 @@ class Shell:
             keyfile=self.settings.keyfile,
         )
 
-    def open(self, *, writing: bool = False) -> Opening:
+    def open(self, *, writing: bool = False, cached: bool = False) -> Opening:
         """Begin to open the repository: the key slots are tried while the verb gets ready.
 
+        `cached`: copies of what a far repository holds may be used; not where damage is looked for.
         Call `unlock()` on the result. Raises `NoRepository`, `WrongKey`, `UsageError`.
         """
-        storage = self.storage(self.repository_name())
+        storage = self.storage(self.repository_name(), cached=cached)
         from imager.repository.repository import Repository
 
         return Repository.begin(storage, self.credentials(), writing=writing)
 
-    def storage(self, place: str) -> Storage:
+    def storage(self, place: str, *, cached: bool = False) -> Storage:
         """The storage at `place`, with the limits that the settings ask for. Raises `UsageError`."""
         from imager.storage.location import open_storage
 
-        settings = self.settings
-        if settings.limit_upload is None and settings.limit_download is None:
-            return open_storage(place)
-        from imager.storage.limit import Limits
+        limits = None
+        if self.settings.limit_upload or self.settings.limit_download:
+            from imager.storage.limit import Limits
 
-        return open_storage(place, Limits(settings.limit_upload, settings.limit_download))
+            limits = Limits(self.settings.limit_upload, self.settings.limit_download)
+        return open_storage(place, limits, cached=cached)
 
 
 def plain(value: Any) -> Any:

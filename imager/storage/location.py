@@ -21,9 +21,10 @@ _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
 _OBJECTS = ("s3", "gs", "az")
 
 
-def open_storage(place: str, limits: Limits | None = None) -> Storage:
+def open_storage(place: str, limits: Limits | None = None, *, cached: bool = False) -> Storage:
     """The storage at a path, or at a `file://`, `s3://`, `gs://`, `az://` or `ssh://` URL.
 
+    `cached`: keep copies of small objects of a far one, and use them; not for what looks for damage.
     Raises `UsageError` for other kinds, and where the address makes no sense.
     """
     storage = _connect(place)
@@ -35,7 +36,12 @@ def open_storage(place: str, limits: Limits | None = None) -> Storage:
         return storage
     from imager.storage.retry import Retrying
 
-    return Retrying(storage)
+    storage = Retrying(storage)
+    if cached:
+        from imager.storage.cached import Cached
+
+        storage = Cached(storage)
+    return storage
 
 
 def local_path(storage: Storage) -> str | None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from imager.errors import ImagerError
 from imager.storage.base import Storage
-from imager.storage.errors import AlreadyExists, NotFound, StorageError, refusal
+from imager.storage.errors import AlreadyExists, NotFound, StorageError
 from imager.storage.folder import FolderStorage
 from imager.storage.location import bare, local_path
 
@@ -63,9 +63,11 @@ def probe(storage: Storage) -> Diagnosis:
         with tempfile.TemporaryDirectory(prefix="imager-probe-", dir=root) as inside:
             folder = FolderStorage(inside)
             with folder.initializing():
+                folder.create("config", b"{}")
                 return replace(_probe(folder), location=storage.url)
     except OSError as error:
-        raise refusal(error, "trying it out", root) from error
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise StorageError(f"{root} cannot be tried: {reason}", hint="name a folder that is there") from error
 
 
 def _probe(storage: Storage) -> Diagnosis:
@@ -103,6 +105,7 @@ class _Trial:
         self._count = 0
         self._made: list[str] = []
         self._stuck: list[str] = []
+        self._older = 0
 
     def __enter__(self) -> _Trial:
         return self
@@ -141,7 +144,7 @@ class _Trial:
 
     def essentials(self) -> Iterator[Finding]:
         """Create-only writes, raced too, and seeing what was written."""
-        self.storage.exists(PROBE + self._tag)  # Whether it is there at all: an error here is the caller's.
+        self._older = len(self.storage.list_names(PROBE))  # An error here is the caller's: it is not there.
         yield self._tried("create-only", True, self._create_only, "a second writer of a name is refused")
         yield self._tried("create-only, raced", True, self._raced, self._raced_detail())
         yield self._tried("read after write", True, self._read_back, "what was written is read at once")
@@ -292,6 +295,8 @@ class _Trial:
 
     def left(self) -> Iterator[Finding]:
         """What could not be removed."""
+        if self._older:
+            yield Finding("clean-up", NOTE, f"{self._older} objects of earlier probes lie below {PROBE}")
         if self._stuck:
             yield Finding(
                 "clean-up",
