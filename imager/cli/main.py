@@ -36,6 +36,7 @@ VERBS = (
     "check",
     "restore",
     "serve",
+    "doctor",
     "lab",
     "completion",
 )

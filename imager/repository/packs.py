@@ -69,6 +69,8 @@ class PackAccess(ABC):
         self.id = repository
         self.names = _native.Names()
         self._lock = RLock()
+        self._listing: list[str] | None = None
+        "All names that `packs_present` saw in a far storage, until they are asked for once more."
         self._readers: OrderedDict[int, Reader] = OrderedDict()
         self._pinned: dict[int, int] = {}
         self._chunks: OrderedDict[tuple[int, int], bytes] = OrderedDict()
@@ -79,21 +81,31 @@ class PackAccess(ABC):
     def session_key(self, envelope: bytes) -> int:
         """The vault's handle of an envelope's session key. Raises `WrongKey`, `IntegrityError`."""
 
-    def pack_names(self, kind: int) -> list[bytes]:
-        """Names of all packs of a kind that the storage lists. Raises `StorageError`."""
+    def pack_names(self, kind: int, listing: Sequence[str] | None = None) -> list[bytes]:
+        """Names of all packs of a kind that the storage lists, or `listing` has. Raises `StorageError`."""
         prefix = PACKS if kind == KIND_DATA else MAPS
         at = len(prefix) + 3
+        names = self.storage.list_names(prefix) if listing is None else listing
         return [
             bytes.fromhex(name[at:])
-            for name in self.storage.list_names(prefix)
-            if is_pack_name(name[at:]) and name[at - 3 : at] == f"{name[at : at + 2]}/"
+            for name in names
+            if name.startswith(f"{prefix}{name[at : at + 2]}/") and is_pack_name(name[at:])
         ]
 
     def packs_present(self) -> int:
         """List the packs and tell `names` which there are; returns how many. Raises `StorageError`."""
-        present = self.pack_names(KIND_DATA) + self.pack_names(KIND_MAP)
+        if not self.storage.local:
+            self._listing = self.storage.list_names("")  # All at once: hardly longer than the packs alone.
+        present = self.pack_names(KIND_DATA, self._listing) + self.pack_names(KIND_MAP, self._listing)
         self.names.set_present(present)
         return len(present)
+
+    def set_aside(self) -> list[str]:
+        """Names of the objects below `damaged/`; of a far storage as `packs_present` saw them just before."""
+        listing, self._listing = self._listing, None
+        if listing is None:
+            return self.storage.list_names(DAMAGED)
+        return [name for name in listing if name.startswith(DAMAGED)]
 
     def pack_label(self, number: int) -> str:
         """How to name a pack in a message."""

@@ -118,6 +118,13 @@ class FolderStorage:
         except OSError as error:
             raise refusal(error, f"looking at {name}", self.root) from error
 
+    def modified(self, name: str) -> float:
+        """When the object was made, by the filesystem's clock: seconds since 1970. Raises `StorageError`."""
+        try:
+            return os.stat(self._path(name)).st_mtime
+        except OSError as error:
+            raise refusal(error, f"looking at {name}", self.root) from error
+
     def exists(self, name: str) -> bool:
         """Whether there is such an object. Raises `StorageError`."""
         try:
@@ -190,7 +197,8 @@ class FolderStorage:
         if os.path.isdir(folder):
             return False
         try:
-            os.stat(f"{self.root}/config")
+            if not self._unborn():
+                os.stat(f"{self.root}/config")
             for path in (os.path.dirname(folder), folder):
                 try:
                     os.mkdir(path, 0o700)

@@ -21,12 +21,13 @@ _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
 _OBJECTS = ("s3", "gs", "az")
 
 
-def open_storage(place: str, limits: Limits | None = None) -> Storage:
+def open_storage(place: str, limits: Limits | None = None, *, cached: bool = False) -> Storage:
     """The storage at a path, or at a `file://`, `s3://`, `gs://`, `az://` or `ssh://` URL.
 
+    `cached`: keep copies of small objects of a far one, and use them; not for what looks for damage.
     Raises `UsageError` for other kinds, and where the address makes no sense.
     """
-    storage = _bare(place)
+    storage = _connect(place)
     if limits is not None and (limits.upload or limits.download):
         from imager.storage.limit import Limited
 
@@ -35,19 +36,30 @@ def open_storage(place: str, limits: Limits | None = None) -> Storage:
         return storage
     from imager.storage.retry import Retrying
 
-    return Retrying(storage)
+    storage = Retrying(storage)
+    if cached:
+        from imager.storage.cached import Cached
+
+        storage = Cached(storage)
+    return storage
 
 
 def local_path(storage: Storage) -> str | None:
     """The folder of a local storage, whatever decorates it; None for a far one."""
+    inner = bare(storage)
+    return inner.root if isinstance(inner, FolderStorage) else None
+
+
+def bare(storage: Storage) -> Storage:
+    """The storage without its decorators."""
     from imager.storage.wrapper import Wrapper
 
     while isinstance(storage, Wrapper):
         storage = storage.inner
-    return storage.root if isinstance(storage, FolderStorage) else None
+    return storage
 
 
-def _bare(place: str) -> Storage:
+def _connect(place: str) -> Storage:
     if not place:
         raise UsageError("no repository named", hint="give -r PATH or set IMAGER_REPO")
     scheme = _SCHEME.match(place)

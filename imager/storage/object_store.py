@@ -134,6 +134,13 @@ class ObjectStorage:
         check_name(name)
         return int(self._call(f"looking at {name}", lambda store: obstore.head(store, name))["size"])
 
+    def modified(self, name: str) -> float:
+        """When the object was made, by the store's clock: seconds since 1970. Raises `StorageError`."""
+        import obstore
+
+        found = self._call(f"looking at {name}", lambda store: obstore.head(store, name))
+        return float(found["last_modified"].timestamp())
+
     def exists(self, name: str) -> bool:
         """Whether there is such an object. Raises `StorageError`."""
         try:
