@@ -19,6 +19,8 @@ READ_ONLY = "read-only"
 # What a backup writes. A new repository's own parts may be made only while there is none.
 _APPENDED = ("sessions/", "sets/", "packs/", "maps/", "index/")
 _MADE = ("slots/", "epochs/")
+# No part of any repository: imager doctor tries there what a storage can do, and cleans up.
+_TRIED = "probe/"
 _ELSEWHERE = "do it on the machine that holds the repository, or over a key that is not so restricted"
 
 
@@ -36,7 +38,7 @@ class Rights:
 
     def create(self, name: str) -> None:
         """Raises `Refused` where `name` may not be created."""
-        if self.mode == FULL or (self.mode == APPEND_ONLY and name.startswith(_APPENDED)):
+        if self.mode == FULL or (self.mode == APPEND_ONLY and name.startswith((*_APPENDED, _TRIED))):
             return
         if not (self.mode == APPEND_ONLY and self.making and (name == "config" or name.startswith(_MADE))):
             raise self._refuse(f"creating {name}")
@@ -56,16 +58,17 @@ class Rights:
         if self.mode == FULL:
             return
         if self.mode == APPEND_ONLY:
-            if self.making and name.startswith(_MADE):
+            if name.startswith(_TRIED) or (self.making and name.startswith(_MADE)):
                 return
             set_name = "sets/" + name.removeprefix("sessions/")
             if name in self._announced and not os.path.lexists(f"{root}/{set_name}"):
                 return
         raise self._refuse(f"deleting {name}")
 
-    def move(self, name: str) -> None:
-        """Raises `Refused` where `name` may not be renamed."""
-        if self.mode != FULL:
+    def move(self, name: str, target: str) -> None:
+        """Raises `Refused` where `name` may not be renamed to `target`."""
+        tried = name.startswith(_TRIED) and target.startswith(_TRIED)
+        if self.mode != FULL and not (self.mode == APPEND_ONLY and tried):
             raise self._refuse(f"moving {name}")
 
     def sweep(self) -> None:

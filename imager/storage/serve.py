@@ -259,8 +259,7 @@ class Server:
                 storage.create(request.name, body)
                 self._rights.created(request.name)
             case wire.Move():
-                named(request.target)
-                self._rights.move(named(request.name))
+                self._rights.move(named(request.name), named(request.target))
                 storage.move(request.name, request.target)
             case wire.Delete():
                 self._rights.delete(named(request.name), storage.root)

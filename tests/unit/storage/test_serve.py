@@ -303,6 +303,8 @@ def test_append_only(peer, root: Path, restrict: bool) -> None:
         wire.Delete("sessions/" + "00" * 16),
         wire.Move(PACK, "damaged/" + PACK),
         wire.Move("config", "packs/aa/config"),
+        wire.Move("probe/a", "packs/aa/aa"),
+        wire.Move(PACK, "probe/a"),
         wire.Create("config2"),
         wire.Create("slots/two"),
         wire.Create("epochs/00000002"),
@@ -325,6 +327,8 @@ def test_append_only(peer, root: Path, restrict: bool) -> None:
     one.tell(wire.Write(1, 0), b"x")
     assert one.kind(wire.Publish(1, "packs/bb/bb", 1)) is None
     assert one.kind(wire.Delete(SESSION)) == "refused", "its set is there"
+    for request in (wire.Create("probe/a"), wire.Move("probe/a", "probe/b"), wire.Delete("probe/b")):
+        assert one.kind(request) is None, "what doctor tries is no part of a repository"
     assert one.kind(wire.Sweep()) is None
 
 
