@@ -13,6 +13,7 @@ from imager.engine import backup
 from imager.events import Silent
 from imager.repository.credentials import Credentials
 from imager.repository.repository import Repository
+from imager.storage.cached import Cached
 from imager.storage.errors import NotFound
 from imager.storage.rehearsal import Recording
 from imager.storage.ssh import SshStorage
@@ -135,6 +136,7 @@ def test_round_trips(sshd: Sshd, owner: Client, tmp_path: Path, monkeypatch: pyt
     """A backup of what did not change asks at most 12 times; a full one little more than it has packs."""
     owner.use(monkeypatch)
     monkeypatch.setenv("IMAGER_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setenv("IMAGER_CACHE_DIR", str(tmp_path / "cache"))
     image = tmp_path / "disk.img"
     image.write_bytes(os.urandom(20 << 20))
     url = sshd.url(sshd.served / "counted")
@@ -145,7 +147,7 @@ def test_round_trips(sshd: Sshd, owner: Client, tmp_path: Path, monkeypatch: pyt
     for turn in range(3):
         far = SshStorage.connect(url)
         storage = Recording(far)
-        with Repository.open(storage, credentials, writing=True) as repository:
+        with Repository.open(Cached(storage), credentials, writing=True) as repository:
             plan = backup.plan(repository, [str(image)], backup.BackupOptions(name="disk"), Silent())
             summary = backup.execute(repository, plan, Silent())
         assert summary.strategy == ("incremental" if turn else "full")
