@@ -162,6 +162,15 @@ def test_the_connection_of_many_threads(bench: Bench) -> None:
     bench.storage.close()
 
 
+def test_a_ctrl_c_leaves_the_connection_alone(bench: Bench) -> None:
+    """The terminal sends it to ssh too; what this process still has to say must get through."""
+    assert bench.storage.exists("config") and bench.storage.pid
+    os.kill(bench.storage.pid, signal.SIGINT)
+    bench.storage.create("packs/aa/aa", os.urandom(5 << 20))
+    assert bench.storage.connections == 1
+    bench.storage.close()
+
+
 def test_what_took_effect_is_not_done_twice(bench: Bench) -> None:
     """The answer is lost, not the request: what is repeated then finds that it was done."""
     storage = bench.storage
