@@ -126,6 +126,7 @@ class Door:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     door: Door
 
     def log_message(self, *_: object) -> None:
@@ -187,7 +188,10 @@ class _Handler(BaseHTTPRequestHandler):
             connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
             for name, value in self.headers.items():
                 connection.putheader(name, value)
-            connection.endheaders(body)
+            try:
+                connection.endheaders(body)
+            except (BrokenPipeError, ConnectionResetError):
+                pass  # It has answered before it had all of the body.
             answer = connection.getresponse()
             headers = [
                 (n, v) for n, v in answer.getheaders() if n.lower() not in ("connection", "transfer-encoding")

@@ -26,6 +26,7 @@ PATIENCE = 180.0
 "Seconds that a call is repeated before its error is told."
 FIRST_PATIENCE = 5.0
 "The same before the storage has answered for the first time: the address may be wrong."
+_LARGE = 1 << 20
 _FIRST_WAIT = 0.1
 _LONGEST_WAIT = 15.0
 
@@ -51,8 +52,8 @@ class Retrying(Wrapper):
         """Carry out `do`, again and again where need be."""
         return self._repeat(do)
 
-    def _repeat(self, do: Callable[[], T], failed: Callable[[], None] | None = None) -> T:
-        """`failed` is told before each repetition."""
+    def _repeat(self, do: Callable[[], T], failed: Callable[[], T | None] | None = None) -> T:
+        """`failed` is asked before each repetition whether the call took effect: its result, or None."""
         pause, waited = _FIRST_WAIT, 0.0
         while True:
             try:
@@ -63,51 +64,61 @@ class Retrying(Wrapper):
                 # Pauses are counted, not the clock: a machine that slept has not been patient.
                 if waited >= (self._patience if self._answered else min(FIRST_PATIENCE, self._patience)):
                     raise
-                if failed is not None:
-                    failed()
                 moment = random.uniform(pause / 2, pause)
                 self._sleep(moment)
                 waited += moment
                 pause = min(pause * 2, _LONGEST_WAIT)
                 self.repeated += 1
+                if failed is not None and (found := failed()) is not None:
+                    return found
             except Exception:
                 self._answered = True  # It may refuse, but it is there.
                 raise
 
     def create(self, name: str, data: bytes) -> None:
         """See `Storage.create`."""
-        again = False
 
-        def note() -> None:
-            nonlocal again
-            again = True
+        def do() -> bool:
+            self.inner.create(name, data)
+            return True
 
-        try:
-            self._repeat(lambda: self.inner.create(name, data), note)
-        except AlreadyExists:
-            if not again or self._differs(name, lambda at, count: data[at : at + count], len(data)):
-                raise
+        self._make(name, do, lambda at, count: data[at : at + count], len(data))
 
     def publish(self, staged: Staged, name: str) -> None:
         """See `Staged.publish`."""
-        again = False
         kept = os.dup(staged.fd)  # It is needed once more after the bytes are discarded.
 
-        def note() -> None:
-            nonlocal again
-            again = True
+        def do() -> bool:
+            staged.publish(name)
+            return True
 
         try:
-            self._repeat(lambda: staged.publish(name), note)
-        except AlreadyExists:
             size = os.fstat(kept).st_size
-            if not again or self._differs(name, lambda at, count: os.pread(kept, count, at), size):
-                raise
-        except Unavailable:
-            staged.discard()
-            raise
+            self._make(name, do, lambda at, count: os.pread(kept, count, at), size)
         finally:
+            staged.discard()
             os.close(kept)
+
+    def _make(self, name: str, do: Callable[[], bool], piece: Callable[[int, int], bytes], size: int) -> None:
+        """Create an object by `do`. Raises `AlreadyExists` where another one is there."""
+        again = False
+
+        def failed() -> bool | None:
+            nonlocal again
+            again = True
+            # A store that refuses a large object may hang up before it has all of it, so that
+            # its answer is never seen; and what has arrived need not be sent once more.
+            if size <= _LARGE or not self.exists(name):
+                return None
+            if self._differs(name, piece, size):
+                raise AlreadyExists(f"writing {name} failed: the name is taken in {self.url}")
+            return True
+
+        try:
+            self._repeat(do, failed)
+        except AlreadyExists:
+            if not again or self._differs(name, piece, size):
+                raise
 
     def _differs(self, name: str, piece: Callable[[int, int], bytes], size: int) -> bool:
         """Whether the object is another than the one that was to be created."""
@@ -123,34 +134,34 @@ class Retrying(Wrapper):
 
     def delete(self, name: str) -> None:
         """See `Storage.delete`."""
-        again = False
-
-        def note() -> None:
-            nonlocal again
-            again = True
-
+        again = _Again()
         try:
-            self._repeat(lambda: self.inner.delete(name), note)
+            self._repeat(lambda: self.inner.delete(name), again)
         except NotFound:
-            if not again:
+            if not again.said:
                 raise
 
     def move(self, name: str, target: str) -> None:
         """See `Storage.move`."""
-        again = False
-
-        def note() -> None:
-            nonlocal again
-            again = True
-
+        again = _Again()
         try:
-            self._repeat(lambda: self.inner.move(name, target), note)
+            self._repeat(lambda: self.inner.move(name, target), again)
         except NotFound:
-            if not again or not self.exists(target):
+            if not again.said or not self.exists(target):
                 raise
         except AlreadyExists:
-            if not again or self._differs(
-                target, lambda at, count: self.read(name, at, count), self.size(name)
-            ):
+            if not again.said:
+                raise
+            if self._differs(target, lambda at, count: self.read(name, at, count), self.size(name)):
                 raise
             self.delete(name)
+
+
+class _Again:
+    """Whether a call was repeated."""
+
+    def __init__(self) -> None:
+        self.said = False
+
+    def __call__(self) -> None:
+        self.said = True
