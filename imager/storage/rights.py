@@ -3,6 +3,7 @@
 Invariant: what is not permitted here is refused before anything is touched. In
 append-only mode nothing that a repository holds can be removed, renamed or
 hidden, and nothing can be added to what decides who may read and what counts.
+And whoever may not do everything reaches repositories only, no other folder.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 from collections.abc import Sequence
 
 from imager.storage import wire
+from imager.storage.base import TOP
 
 FULL = "full"
 APPEND_ONLY = "append-only"
@@ -21,38 +23,75 @@ _APPENDED = ("sessions/", "sets/", "packs/", "maps/", "index/")
 _MADE = ("slots/", "epochs/")
 # No part of any repository: imager doctor tries there what a storage can do, and cleans up.
 _TRIED = "probe/"
+_MARK = b'"format":"imager"'
 _ELSEWHERE = "do it on the machine that holds the repository, or over a key that is not so restricted"
 
 
 class Rights:
-    """What one connection may do in its folder, in one of the three modes."""
+    """What one connection may do in its folder `root`, in one of the three modes.
 
-    def __init__(self, mode: str) -> None:
+    Each method raises `Refused` where it may not.
+    """
+
+    def __init__(self, mode: str, root: str) -> None:
         self.mode = mode
         self.making = False
         "Whether this connection is making a repository where there was none."
+        self._root = root
         self._announced: set[str] = set()
+        self._whole = False
 
     def _refuse(self, doing: str) -> wire.Refused:
         return wire.Refused(f"{doing} is refused: this repository is served {self.mode}", hint=_ELSEWHERE)
 
-    def create(self, name: str) -> None:
-        """Raises `Refused` where `name` may not be created."""
-        if self.mode == FULL or (self.mode == APPEND_ONLY and name.startswith((*_APPENDED, _TRIED))):
+    def _repository(self) -> bool | None:
+        """Whether the folder holds a repository; None where it has not even a `config`."""
+        if not self._whole:
+            try:
+                with open(f"{self._root}/config", "rb") as file:
+                    self._whole = _MARK in file.read(wire.PIECE)
+            except FileNotFoundError:
+                return None
+        return self._whole
+
+    def look(self, name: str) -> None:
+        """Look at an object, or at all of a folder ("": at everything)."""
+        if self.mode == FULL:
             return
-        if not (self.mode == APPEND_ONLY and self.making and (name == "config" or name.startswith(_MADE))):
-            raise self._refuse(f"creating {name}")
+        found = self._repository()
+        parts = ("", *TOP, _TRIED.rstrip("/"))
+        if not found and not (found is None and name.partition("/")[0] in parts):
+            raise wire.Refused(
+                f"looking at {name or 'everything'} is refused: there is no repository in {self._root}",
+                hint="name the folder of a repository, or a new one",
+            )
+
+    def upload(self) -> None:
+        """Begin to send an object whose name is not known yet."""
+        if self.mode == READ_ONLY:
+            raise self._refuse("storing an object")
+
+    def create(self, name: str) -> None:
+        """Make an object."""
+        if self.mode == FULL:
+            return
+        if self.mode == APPEND_ONLY:
+            if name.startswith(_TRIED) or (name.startswith(_APPENDED) and self._repository()):
+                return
+            if self.making and (name == "config" or name.startswith(_MADE)):
+                return
+        raise self._refuse(f"creating {name}")
 
     def created(self, name: str) -> None:
         """Remember what this connection made: a session that it announced is its own."""
         if name.startswith("sessions/"):
             self._announced.add(name)
 
-    def delete(self, name: str, root: str) -> None:
-        """Raises `Refused` where `name` may not be removed from the repository in `root`.
+    def delete(self, name: str) -> None:
+        """Remove an object.
 
         An append-only writer may take back its own announcement as long as it has stored no set: it
-        does so where it stops before it stored anything. And an init that was interrupted leaves
+        does so where it stops before it stored one. And an init that was interrupted leaves
         slots and epochs behind, which the next one removes.
         """
         if self.mode == FULL:
@@ -61,25 +100,27 @@ class Rights:
             if name.startswith(_TRIED) or (self.making and name.startswith(_MADE)):
                 return
             set_name = "sets/" + name.removeprefix("sessions/")
-            if name in self._announced and not os.path.lexists(f"{root}/{set_name}"):
+            if name in self._announced and not os.path.lexists(f"{self._root}/{set_name}"):
                 return
         raise self._refuse(f"deleting {name}")
 
     def move(self, name: str, target: str) -> None:
-        """Raises `Refused` where `name` may not be renamed to `target`."""
+        """Give an object another name."""
         tried = name.startswith(_TRIED) and target.startswith(_TRIED)
         if self.mode != FULL and not (self.mode == APPEND_ONLY and tried):
             raise self._refuse(f"moving {name}")
 
     def sweep(self) -> None:
-        """Raises `Refused` where what dead writers left, bytes without a name, may not be removed."""
+        """Remove what dead writers left: bytes without a name."""
         if self.mode == READ_ONLY:
             raise self._refuse("tidying up")
 
-    def begin(self, root: str) -> None:
-        """Raises `Refused` where no repository may be made in `root`."""
-        if self.mode == READ_ONLY or (self.mode == APPEND_ONLY and os.path.lexists(f"{root}/config")):
+    def begin(self, strangers: Sequence[str]) -> None:
+        """Prepare the folder for a new repository. `strangers`: what is in it and no repository's."""
+        if self.mode == READ_ONLY:
             raise self._refuse("making a repository")
+        if self.mode == APPEND_ONLY and (strangers or self._repository() is not None):
+            raise self._refuse("making a repository in a folder that is in use")
 
 
 class Confines:

@@ -21,7 +21,7 @@ from imager import __version__
 from imager.errors import ImagerError, StorageError
 from imager.storage import wire
 from imager.storage.base import Staged
-from imager.storage.errors import refusal
+from imager.storage.errors import Gone, NotFound, refusal
 from imager.storage.folder import FolderStorage
 from imager.storage.rights import Confines, Rights
 
@@ -56,7 +56,8 @@ class Server:
         """
         self._reader = wire.FrameReader(source)
         self._writer = wire.FrameWriter(sink)
-        self._rights = Rights(mode)
+        self._mode = mode
+        self._rights = Rights(mode, "")
         self._confines = Confines(restrict)
         self._storage: FolderStorage | None = None
         self._uploads: dict[int, _Upload] = {}
@@ -177,14 +178,15 @@ class Server:
     def _open(self, request: wire.Open) -> bytes:
         if self._storage is not None:
             raise wire.ProtocolError("open comes once")
-        self._storage = FolderStorage(self._confines.root(request.path))
-        return wire.encode(wire.Served(imager=__version__, mode=self._rights.mode))
+        root = self._confines.root(request.path)
+        self._storage, self._rights = FolderStorage(root), Rights(self._mode, root)
+        return wire.encode(wire.Served(imager=__version__, mode=self._mode))
 
     def _prepare(self, storage: FolderStorage, request: wire.Begin | wire.End) -> None:
         if isinstance(request, wire.Begin):
             if self._preparing is not None:
                 raise wire.ProtocolError("begin comes once")
-            self._rights.begin(storage.root)
+            self._rights.begin(storage.strangers())
             preparing = storage.initializing()
             preparing.__enter__()
             self._preparing = preparing
@@ -208,7 +210,7 @@ class Server:
                 raise wire.ProtocolError(f"more than {wire.MAX_UPLOADS} uploads at once")
             upload = self._uploads[request.upload] = _Upload(None)
             try:
-                self._rights.create("packs/")  # Whether anything at all may be written.
+                self._rights.upload()
                 upload.staged = storage.stage()
             except StorageError as error:
                 upload.error = error
@@ -251,9 +253,9 @@ class Server:
 
         match request:
             case wire.Size():
-                return storage.size(named(request.name))
+                return storage.size(self._readable(storage, request.name))
             case wire.Exists():
-                return int(storage.exists(named(request.name)))
+                return int(storage.exists(self._readable(storage, request.name)))
             case wire.Create():
                 self._rights.create(named(request.name))
                 storage.create(request.name, body)
@@ -262,7 +264,7 @@ class Server:
                 self._rights.move(named(request.name), named(request.target))
                 storage.move(request.name, request.target)
             case wire.Delete():
-                self._rights.delete(named(request.name), storage.root)
+                self._rights.delete(named(request.name))
                 storage.delete(request.name)
             case wire.Space():
                 return storage.free_space()
@@ -273,6 +275,13 @@ class Server:
                 self._rights.sweep()
                 return wire.lines(storage.sweep()[:_LINES])
         return None
+
+    def _readable(self, storage: FolderStorage, name: str) -> str:
+        """`name`, if it may be looked at. "" is everything."""
+        if name:
+            self._confines.name(storage.root, name)
+        self._rights.look(name)
+        return name
 
     def _stream(self, number: int, storage: FolderStorage, request: wire.Read | wire.List) -> bytes:
         """Answer with many frames; this gives the body of the last one."""
@@ -289,7 +298,15 @@ class Server:
         return last
 
     def _read(self, storage: FolderStorage, request: wire.Read) -> Iterator[bytes]:
-        fd = storage.open(self._confines.name(storage.root, request.name))
+        name = self._readable(storage, request.name)
+        try:
+            fd = storage.open(name)
+        except Gone as error:
+            if name != "config":
+                raise
+            raise NotFound(
+                f"there is no repository in {storage.root}"
+            ) from error  # Not any more, or not yet.
         try:
             end = os.fstat(fd).st_size
             if request.length is not None:
@@ -303,8 +320,7 @@ class Server:
 
     def _list(self, storage: FolderStorage, request: wire.List) -> Iterator[bytes]:
         prefix = request.prefix.rstrip("/")
-        if prefix:
-            self._confines.name(storage.root, prefix)
+        self._readable(storage, prefix)
         if request.sizes:
             entries = (entry for entry in storage.list(prefix) if wire.is_name(entry.name))
             found = [f"{entry.size} {entry.name}" for entry in entries]

@@ -101,7 +101,7 @@ class _Link:
             raise StorageError(error.message, hint=error.hint) from error
         self.connection = Connection(self.ssh.stdout, self.ssh.stdin, ended=self._ended)
         try:
-            self.connection.open(address.path)
+            self.served = self.connection.open(address.path)
         except BaseException:
             self.ssh.kill()
             self.close()
@@ -146,6 +146,7 @@ class SshStorage:
         self._attempts = 0
         self._failure: StorageError | None = None
         self._requests = 0
+        self._mode: str | None = None
         self.connections = 0
         "How many connections were made so far."
 
@@ -159,6 +160,13 @@ class SshStorage:
         """How many answers of the far end were waited for so far, those that begin a connection included."""
         link = self._link
         return self._requests + (link.connection.requests if link else 0)
+
+    @property
+    def append_only(self) -> bool:
+        """Whether the far end refuses to remove anything. Raises `StorageError` where it cannot be asked."""
+        if self._mode is None:
+            self._connected()
+        return self._mode != "full"
 
     @property
     def pid(self) -> int | None:
@@ -192,6 +200,7 @@ class SshStorage:
                     raise StorageError(error.message, hint=error.hint) from error
                 raise
             self._failure = None
+            self._mode = self._link.served.mode
             self.connections += 1
             return self._link.connection
 

@@ -33,6 +33,11 @@ class Wrapper:
         """Whether `open` reads in place."""
         return self.inner.local
 
+    @property
+    def append_only(self) -> bool:
+        """Whether it refuses to remove anything; what has no such mode does not say."""
+        return bool(getattr(self.inner, "append_only", False))
+
     def around(self, call: str, name: str, do: Callable[[], T]) -> T:
         """Carry out `do`, which is the method `call` (`stage` and `publish` among them) for `name`."""
         return do()

@@ -38,7 +38,7 @@ def loop_device(path: Path, size: str) -> Iterator[str]:
 
 @contextmanager
 def ssh_server(folder: Path, home: Path, host: str, place: str) -> Iterator[dict[str, str]]:
-    """A server in the place of `host`: what stands in for what the page names. `home` gets an `ssh` that knows it."""
+    """A server in the place of `host`: what stands in for the page's names. `home` gets an `ssh` for it."""
     server = Sshd(folder / "sshd")
     try:
         backups = folder / Path(place).name

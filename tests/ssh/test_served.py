@@ -67,6 +67,7 @@ def test_an_append_only_machine(
 
     host.use(monkeypatch)
     storage = SshStorage.connect(url)
+    assert storage.append_only and Recording(storage).append_only
     for name in before:
         with pytest.raises(Refused, match="append-only"):
             storage.delete(name)

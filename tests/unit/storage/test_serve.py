@@ -20,6 +20,7 @@ from imager.storage.folder import FolderStorage
 from imager.storage.rights import APPEND_ONLY, FULL, READ_ONLY
 from imager.storage.serve import Server
 
+CONFIG = b'{"format":"imager","version":1}'
 SESSION = "sessions/" + "ab" * 16
 SET = "sets/" + "ab" * 16
 PACK = "packs/3f/3f" + "00" * 31
@@ -92,7 +93,7 @@ def root(tmp_path: Path) -> Path:
     place = tmp_path / "served" / "repo"
     storage = FolderStorage(str(place))
     with storage.initializing():
-        storage.create("config", b"{}")
+        storage.create("config", CONFIG)
         storage.create("slots/one", b"a slot")
         storage.create(PACK, b"a pack")
     (tmp_path / "served" / "other").mkdir()
@@ -202,7 +203,7 @@ def test_making_a_repository(peer, tmp_path: Path) -> None:
     assert other.kind(wire.Begin()) == "locked"
     assert one.kind(wire.Create("slots/left-over"), b"") is None
     assert one.kind(wire.Delete("slots/left-over")) is None
-    assert one.kind(wire.Create("config"), b"{}") is None
+    assert one.kind(wire.Create("config"), CONFIG) is None
     assert one.kind(wire.End()) is None
     assert one.kind(wire.Create("slots/mine"), b"") == "refused"
     assert one.kind(wire.Begin()) == "refused"
@@ -339,6 +340,35 @@ def test_an_append_only_writer_takes_back_its_own_announcement_only(peer, root: 
     assert other.kind(wire.Delete(SESSION)) == "refused"
     assert one.kind(wire.Delete(SESSION)) is None
     assert not (root / SESSION).exists()
+
+
+@pytest.mark.parametrize("mode", [APPEND_ONLY, READ_ONLY])
+def test_few_rights_reach_no_other_folder(peer, tmp_path: Path, mode: str) -> None:
+    """Even without a restriction: what is no repository is not read, and none is made on top of it."""
+    home = tmp_path / "home"
+    (home / "tmp").mkdir(parents=True)
+    (home / "letters").mkdir()
+    (home / "letters/one").write_text("dear reader")
+    for config in (None, "Host *"):
+        if config:
+            (home / "config").write_text(config)
+        before = tree(home)
+        one = peer(home, mode=mode)
+        looks = [
+            wire.Read("letters/one"),
+            wire.Size("letters/one"),
+            wire.Exists("letters/one"),
+            wire.List("letters"),
+        ]
+        if config:
+            looks += [wire.Read("config"), wire.List("")]
+        for request in looks:
+            assert one.kind(request) == "refused", request
+        assert one.kind(wire.Begin()) == "refused"
+        assert one.kind(wire.Create("config")) == "refused"
+        assert one.kind(wire.Create("sets/x")) is not None
+        assert tree(home) == before
+    assert peer(home).fetch(wire.Read("letters/one"))[1] == b"dear reader"
 
 
 def test_read_only(peer, root: Path) -> None:
