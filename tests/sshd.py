@@ -7,8 +7,8 @@ own through `IMAGER_SSH`.
 
 from __future__ import annotations
 
-import getpass
 import os
+import pwd
 import shutil
 import signal
 import socket
@@ -35,6 +35,17 @@ def script(path: Path, text: str) -> Path:
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
     return path
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
 
 
 class Sshd:
@@ -113,19 +124,16 @@ class Sshd:
     def running(self) -> bool:
         return self._process is not None
 
-    def sessions(self) -> list[int]:
-        """The processes that serve a connection now."""
-        assert self._process is not None
-        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text()
-        return [int(pid) for pid in children.split()]
-
     def hang_up(self) -> None:
         """Kill the processes that serve a connection."""
-        for pid in self.sessions():
-            os.kill(pid, signal.SIGKILL)
+        assert self._process is not None
+        for pid in _children(self._process.pid):
+            for one in (*_children(pid), pid):
+                if _name(one).startswith("sshd"):
+                    os.kill(one, signal.SIGKILL)
 
     def url(self, path: Path | str) -> str:
-        return f"ssh://{getpass.getuser()}@127.0.0.1:{self.port}{path}"
+        return f"ssh://{pwd.getpwuid(os.geteuid()).pw_name}@127.0.0.1:{self.port}{path}"
 
     def client(self, name: str, *, forced: str | None = None, command: str | None = None) -> Client:
         """A client with a key of its own.
