@@ -315,3 +315,22 @@ def careless_s3(s3s_door: tuple[Door, Path], monkeypatch: pytest.MonkeyPatch) ->
             yield store
     finally:
         door.exclusive = True
+
+
+def main(folder: Path, bucket: str) -> None:
+    """A server for a shell (`python -m tests.objectstores FOLDER BUCKET`), which reads FOLDER/env."""
+    global BUCKET
+    BUCKET = bucket
+    folder.mkdir(parents=True, exist_ok=True)
+    server = s3s if s3s_program() else moto
+    with server(folder) as endpoint, open_door(endpoint) as door:
+        lines = [f"export {name}={value}" for name, value in environment(door.endpoint).items()]
+        (folder / "env.new").write_text("\n".join(lines) + "\n")
+        (folder / "env.new").rename(folder / "env")
+        _die_with_parent()
+        signal.sigwait({signal.SIGTERM, signal.SIGINT})
+
+
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -81,7 +81,7 @@ def _probe(storage: Storage) -> Diagnosis:
 
 def refuse_unfit(storage: Storage) -> None:
     """The quick part, before a repository is made. Raises `StorageError` where it would not be safe."""
-    trial = _Trial(storage, rounds=4, writers=16)
+    trial = _Trial(storage, rounds=8, writers=16)
     with trial:
         findings = [*trial.essentials()]
     if not _fit(findings):
