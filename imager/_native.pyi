@@ -240,6 +240,11 @@ class Gather:
     def slice_end(self, start: int, max_blocks: int) -> int:
         """End of a slice of records from `start`: `max_blocks` blocks at most, one record at least."""
     def packs(self, start: int, end: int) -> list[int]: ...
+    def spans(self, start: int, end: int, gap: int) -> list[tuple[int, int, int]]:
+        """Where the records lie: (pack, start, end), joined over gaps of up to `gap` bytes.
+
+        All between a pack's first and last of them where more than a quarter of that is wanted.
+        """
 
 class Failure:
     pack: int

@@ -14,6 +14,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from imager.cli.options import SIZE
 from imager.cli.shell import PROGRESS_MODES, Settings, Shell
 from imager.errors import Interrupted
 
@@ -39,7 +40,9 @@ def _global_options(*, environment: bool) -> list[click.Option]:
         return option(*names, allow_from_autoenv=False, **more)
 
     return [
-        option("-r", "--repo", metavar="REPO", help="The repository: a folder."),
+        option(
+            "-r", "--repo", metavar="REPO", help="The repository: a folder, s3://, gs://, az:// or ssh://."
+        ),
         secret(
             "--passphrase-file",
             metavar="FILE",
@@ -51,6 +54,15 @@ def _global_options(*, environment: bool) -> list[click.Option]:
             help="Take the passphrase from the first line that COMMAND prints.",
         ),
         secret("--keyfile", metavar="FILE", help="Open the repository with the key in FILE."),
+        option(
+            "--limit-upload", type=SIZE, metavar="RATE", help="Send at most RATE bytes a second: 10M, 500K."
+        ),
+        option(
+            "--limit-download",
+            type=SIZE,
+            metavar="RATE",
+            help="Fetch at most RATE bytes a second: 10M, 500K.",
+        ),
         option("--json", is_flag=True, default=None, help="Print JSON, for programs."),
         option(
             "--progress",

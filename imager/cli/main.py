@@ -35,6 +35,8 @@ VERBS = (
     "verify",
     "check",
     "restore",
+    "serve",
+    "doctor",
     "lab",
     "completion",
 )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from imager.cli.reporters import TerminalReporter
     from imager.repository.credentials import Credentials
     from imager.repository.repository import Opening
+    from imager.storage.base import Storage
 
 PROGRESS_MODES = ("auto", "plain", "json", "none")
 
@@ -31,6 +32,8 @@ class Settings:
     passphrase_file: str | None = None
     passphrase_command: str | None = None
     keyfile: str | None = None
+    limit_upload: int | None = None
+    limit_download: int | None = None
     json: bool = False
     progress: str = "auto"
     verbose: int = 0
@@ -86,16 +89,27 @@ class Shell:
             keyfile=self.settings.keyfile,
         )
 
-    def open(self, *, writing: bool = False) -> Opening:
+    def open(self, *, writing: bool = False, cached: bool = False) -> Opening:
         """Begin to open the repository: the key slots are tried while the verb gets ready.
 
+        `cached`: copies of what a far repository holds may be used; not where damage is looked for.
         Call `unlock()` on the result. Raises `NoRepository`, `WrongKey`, `UsageError`.
         """
-        place = self.repository_name()
+        storage = self.storage(self.repository_name(), cached=cached)
         from imager.repository.repository import Repository
-        from imager.storage.open import open_storage
 
-        return Repository.begin(open_storage(place), self.credentials(), writing=writing)
+        return Repository.begin(storage, self.credentials(), writing=writing)
+
+    def storage(self, place: str, *, cached: bool = False) -> Storage:
+        """The storage at `place`, with the limits that the settings ask for. Raises `UsageError`."""
+        from imager.storage.location import open_storage
+
+        limits = None
+        if self.settings.limit_upload or self.settings.limit_download:
+            from imager.storage.limit import Limits
+
+            limits = Limits(self.settings.limit_upload, self.settings.limit_download)
+        return open_storage(place, limits, cached=cached)
 
 
 def plain(value: Any) -> Any:

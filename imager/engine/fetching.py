@@ -79,27 +79,41 @@ class Fetcher:
         `quiet`: the reporter has been told of these bytes already.
         """
         self._quiet = quiet
-        most = max(1, SLICE_BYTES // self._geometry.block_size)
+        if self._repository.storage.local:
+            for start, end in self._cuts(gather, SLICE_BYTES, _PACKS):
+                yield self._told(*self._attempt(gather, start, end))
+            return
+        from imager.repository import ahead
+
+        with ahead.slices(self._repository, gather, self._cuts(gather, ahead.SLICE, ahead.PACKS)) as coming:
+            for one in coming:
+                yield self._told(self._fetch(gather, one.start, one.end, one.readers), one.reasons)
+
+    def _cuts(self, gather: Gather, size: int, most_packs: int) -> Iterator[tuple[int, int]]:
+        """Slices of about `size` bytes of image, out of not too many packs."""
+        most = max(1, size // self._geometry.block_size)
         start, total = 0, len(gather)
         while start < total:
             end = gather.slice_end(start, most)
-            packs = gather.packs(start, end)
-            while len(packs) > _PACKS and end > start + 1:
+            while len(gather.packs(start, end)) > most_packs and end > start + 1:
                 end = start + (end - start) // 2
-                packs = gather.packs(start, end)
-            yield self._slice(gather, start, end, packs)
+            yield start, end
             start = end
 
-    def _slice(self, gather: Gather, start: int, end: int, packs: list[int]) -> list[Damage]:
-        failures, reasons = self._attempt(gather, start, end, packs)
+    def _told(self, failures: list[Failure], reasons: dict[int, str]) -> list[Damage]:
         if failures:
             failures = self._elsewhere(failures)
         return [damage for failure in failures for damage in self._damage(failure, reasons)]
 
-    def _attempt(
-        self, gather: Gather, start: int, end: int, packs: list[int]
-    ) -> tuple[list[Failure], dict[int, str]]:
+    def _attempt(self, gather: Gather, start: int, end: int) -> tuple[list[Failure], dict[int, str]]:
         """What failed, and why packs that failed altogether did."""
+        if not self._repository.storage.local:
+            from imager.repository import ahead
+
+            with ahead.slices(self._repository, gather, [(start, end)]) as coming:
+                one = next(coming)
+                return self._fetch(gather, start, end, one.readers), one.reasons
+        packs = gather.packs(start, end)
         reasons: dict[int, str] = {}
         try:
             with self._repository.packs(packs) as readers:
@@ -130,7 +144,7 @@ class Fetcher:
         gather.sort()
         if not len(gather):
             return hopeless
-        again, _ = self._attempt(gather, 0, len(gather), gather.packs(0, len(gather)))
+        again, _ = self._attempt(gather, 0, len(gather))
         lost = [hoped[failure.blocks[0]] for failure in again]
         self.moved += sum(len(failure.blocks) for failure in hoped.values())
         self.moved -= sum(len(failure.blocks) for failure in lost)

@@ -14,7 +14,7 @@ from imager import _native
 from imager._native import DATA, Slots
 from imager.errors import IntegrityError
 from imager.extents import Extents
-from imager.repository.format import PAGE_SLOTS
+from imager.repository.format import KIND_MAP, PAGE_SLOTS
 from imager.repository.manifest import Image, root_level
 from imager.repository.repository import Repository
 from imager.storage.errors import Gone, StorageError
@@ -23,6 +23,8 @@ OnDamage = Callable[[int, int, str], None]
 """`on_damage(first_block, count, reason)`: the page for these blocks cannot be read."""
 
 _KEPT_PAGES = 64
+_EXPECTED = 32
+"Pages that a walk asks a far storage for before it comes to them."
 
 
 class DamagedPage(IntegrityError):
@@ -71,7 +73,7 @@ def open_page(repository: Repository, page: Page, blocks: int) -> Slots:
     parent implies; `WrongKey`, `StorageError`.
     """
     record = repository.read_page(page.pack, page.offset, page.length)
-    keys = repository.pack_reader(page.pack)[1]
+    keys = repository.pack_keys(page.pack, KIND_MAP)
     try:
         identity, level, start, slots = repository.vault.open_page(record, keys, repository.names, page.pack)
     except _native.DamagedError as error:
@@ -197,8 +199,16 @@ class MapReader:
                 continue
             for at in range(low, high):
                 begin = first + at * below
+                if not self.repository.storage.local and (at - low) % (_EXPECTED // 2) == 0:
+                    self._expect(slots, at, min(at + _EXPECTED, high))
                 if inside := wanted & Extents(((begin, begin + below),)):
                     yield from self._walk(self.child(page, slots, at), inside, on_damage)
+
+    def _expect(self, slots: Slots, start: int, end: int) -> None:
+        """The walk is about to come to these children."""
+        for at in range(start, end):
+            _, _, pack, offset, length = slots.get(at)
+            self.repository.expect_page(pack, offset, length)
 
 
 def diff(a: MapReader, b: MapReader) -> Iterator[tuple[int, int]]:

@@ -54,6 +54,8 @@ _SELECTOR = rf"(?P<set>[^@:]+(?:@(?:{_TIME}|[^:]*))?)(?::(?P<disk>[^:]+)(?::(?P<
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _UNITS = {False: timedelta(days=1), True: timedelta(minutes=1)}
 _HEX = frozenset("0123456789abcdef")
+_AT_ONCE = 64
+"Manifests of a far storage that are held at once."
 
 
 class NoSuchSet(ImagerError):
@@ -122,14 +124,24 @@ def check_name(name: str) -> str:
 
 
 def _raws(repository: Repository) -> Iterable[tuple[str, bytes]]:
-    for name in repository.storage.list_names(SETS):
-        set_id = name.removeprefix(SETS)
-        if not is_id(set_id):
-            continue  # Not ours: something a file manager left, say.
+    storage = repository.storage
+    # What has no id for a name is not ours: something a file manager left, say.
+    ids = [one for name in storage.list_names(SETS) if is_id(one := name.removeprefix(SETS))]
+
+    def read(set_id: str) -> tuple[str, bytes] | None:
         try:
-            yield set_id, repository.storage.read(name, 0, MAX_MANIFEST + 1)
+            return set_id, storage.read(SETS + set_id, 0, MAX_MANIFEST + 1)
         except NotFound:
-            continue  # deleted since it was listed
+            return None  # deleted since it was listed
+
+    if storage.local:
+        yield from filter(None, map(read, ids))
+        return
+    from imager.storage import spool
+
+    for at in range(0, len(ids), _AT_ONCE):
+        batch = ids[at : at + _AT_ONCE]
+        yield from filter(None, spool.run_all([lambda one=one: read(one) for one in batch]))  # type: ignore[misc]
 
 
 def heads(repository: Repository) -> tuple[list[Head], list[Damaged]]:

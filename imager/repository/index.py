@@ -12,6 +12,7 @@ from imager import _native
 from imager.errors import IntegrityError
 from imager.events import Reporter
 from imager.repository.format import INDEX, KIND_DATA, is_pack_name, pack_object
+from imager.repository.frames import open_frame
 from imager.repository.repository import Repository
 from imager.repository.session import Session
 from imager.storage.errors import Gone, NotFound, StorageError
@@ -113,7 +114,7 @@ def rebuild(repository: Repository, reporter: Reporter) -> tuple[list[str], list
     names = sorted(repository.pack_names(KIND_DATA))
     reporter.phase("rebuilding the index", None)
     for name in names:
-        fd = storage.open(pack_object(KIND_DATA, name))
+        fd = open_frame(storage, pack_object(KIND_DATA, name))
         try:
             known.add_pack(repository.names.intern(name), _native.pack_records(fd, name, repository.id))
         except (_native.DamagedError, OSError) as error:

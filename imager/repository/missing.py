@@ -27,7 +27,7 @@ def packs(repository: Repository) -> list[bytes]:
     `packs_present` before. Raises `StorageError`.
     """
     names = repository.names
-    for path in repository.storage.list_names(DAMAGED):
+    for path in repository.set_aside():
         if is_pack_name(path[-64:]):
             names.intern(bytes.fromhex(path[-64:]))
     found: set[bytes] = set()

@@ -52,6 +52,8 @@ class Opening:
         try:
             raw = storage.read(CONFIG, 0, MAX_SMALL_JSON + 1)
         except (NotFound, Gone) as error:
+            if isinstance(error, Gone) and not storage.local:
+                raise NoRepository(error.message, hint=error.hint) from error
             raise NoRepository(
                 f"there is no repository in {storage.url}", hint=f"create one: imager init {storage.url}"
             ) from error
@@ -170,6 +172,10 @@ class Repository(PackAccess):
         config, _ = parse_config(raw := canonical(value))
         with storage.initializing():
             _refuse_used(storage)
+            if not storage.local:
+                from imager.storage.probe import refuse_unfit
+
+                refuse_unfit(storage)
             for name in [*storage.list_names(SLOTS), *storage.list_names(EPOCHS)]:
                 storage.delete(name)  # An init was interrupted: no config, no data, so nobody needs these.
             if secret is not None:

@@ -6,8 +6,8 @@ wrong place is among the problems or in `Survey.bad`; nothing is changed.
 
 from __future__ import annotations
 
-import os
 import struct
+from collections.abc import Iterator
 
 from imager import _native
 from imager.errors import IntegrityError
@@ -35,8 +35,8 @@ from imager.repository.format import (
     parse,
     shape,
 )
+from imager.repository.frames import ends
 from imager.repository.missing import MISSING
-from imager.repository.packs import read_header
 from imager.repository.pages import BadPage, Seen, pages
 from imager.repository.repository import Opening, Repository
 from imager.repository.witness import Witness
@@ -132,6 +132,7 @@ def _packs(found: Survey) -> None:
     repository.packs_present()
     for kind, prefix in ((KIND_DATA, PACKS), (KIND_MAP, MAPS)):
         listed = {entry.name: entry.size for entry in repository.storage.list(prefix)}
+        frames: list[tuple[int, str, int]] = []
         for name in repository.pack_names(kind):
             path = pack_object(kind, name)
             size = listed.pop(path, None)
@@ -141,7 +142,8 @@ def _packs(found: Survey) -> None:
             number = repository.names.intern(name)
             if kind == KIND_MAP:
                 found.maps.add(number)
-            problem = _frame_problem(repository, path, kind, size)
+            frames.append((number, path, size))
+        for (number, _, _), problem in zip(frames, _frame_problems(repository, kind, frames), strict=True):
             if problem is not None:
                 found.blame(number, problem)
         for path in sorted(listed):
@@ -160,22 +162,35 @@ def _packs(found: Survey) -> None:
                 found.maps.add(number)
 
 
+def _frame_problems(
+    repository: Repository, kind: int, frames: list[tuple[int, str, int]]
+) -> Iterator[str | None]:
+    """What is wrong with each frame (pack number, object, size), in order; far ones are read at once."""
+    if repository.storage.local:
+        yield from (_frame_problem(repository, path, kind, size) for _, path, size in frames)
+        return
+    from imager.storage import spool
+
+    for at in range(0, len(frames), 1024):
+        yield from spool.run_all(
+            [
+                lambda path=path, size=size: _frame_problem(repository, path, kind, size)  # type: ignore[misc]
+                for _, path, size in frames[at : at + 1024]
+            ]
+        )
+
+
 def _frame_problem(repository: Repository, path: str, kind: int, size: int) -> str | None:
     """What is wrong with a pack's header, footer or size."""
     try:
-        fd = repository.storage.open(path)
+        header, footer = ends(repository.storage, path, size)
+        _native.pack_envelopes(header, repository.id)
     except NotFound:
         return "it is missing"
-    try:
-        header = read_header(fd)
-        _native.pack_envelopes(header, repository.id)
-        footer = os.pread(fd, FOOTER, max(0, size - FOOTER))
     except _native.DamagedError as error:
         return str(error)
     except OSError as error:
         return f"it cannot be read: {error.strerror}"
-    finally:
-        os.close(fd)
     if header[10] != kind:
         return "it is a pack of another kind"
     if len(footer) < FOOTER:

@@ -66,7 +66,7 @@ def command(
     which needs --name. The second backup of the same name stores only what
     changed; each set is complete by itself all the same.
     """
-    opening = shell.open(writing=True)
+    opening = shell.open(writing=True, cached=True)
     from imager.engine import backup
 
     options = backup.BackupOptions(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.option("--tag", "tags", metavar="TAG", multiple=True, help="Only sets with TAG; may be repeated.")
 def command(shell: Shell, names: tuple[str, ...], tags: tuple[str, ...]) -> None:
     """List the image sets, the oldest first; with NAME, only those of these lineages."""
-    opening = shell.open()
+    opening = shell.open(cached=True)
     from imager.repository import imageset
 
     listing = imageset.list_sets(opening.unlock())
