@@ -107,6 +107,8 @@ class Slots:
         """Equal, and all records lie in the same places."""
     def drop_absent(self, names: Names) -> int:
         """Turn data slots whose pack the storage lacks into UNKNOWN, so that they compare as changed."""
+    def relocate(self, names: Names, known: Known) -> int:
+        """Where the storage lacks a data slot's pack, take the place that `known` has; how many it has."""
     def packs(self) -> list[int]:
         """Numbers of the packs referred to, each once."""
 
@@ -153,6 +155,77 @@ def check_pack(fd: int, name: bytes, repository: bytes, threads: int = 0) -> Pac
 
 def pack_records(fd: int, name: bytes | None, repository: bytes) -> list[tuple[int, bytes, int, int]]:
     """(kind, id, offset, length) of each record, from the trailer. Raises DamagedError."""
+
+# --- upkeep, without any key -----------------------------------------------------------
+
+class Marks:
+    """Which records live, by pack number. 8 bytes of memory for each. Thread-safe."""
+
+    def __init__(self) -> None: ...
+    def packs(self) -> list[int]:
+        """Packs that hold live records."""
+    def extent(self, pack: int) -> tuple[int, int, int]:
+        """(live records, their bytes, bytes of those that a newest set needs)."""
+    def offsets(self, pack: int, newest: bool) -> list[int]:
+        """Where the live records begin, in order: those that a newest set needs, or the others."""
+    lost: int
+    """References to blocks that were found nowhere."""
+    read: int
+    """Bytes of the pages that were read."""
+    pages: int
+    """How many pages those are."""
+
+class MapPack:
+    """A map pack whose frame was read and checked, to take pages from."""
+
+    def __init__(self, fd: int, name: bytes, repository: bytes) -> None:
+        """Raises DamagedError, OSError."""
+    def mark(
+        self,
+        fd: int,
+        id: bytes,
+        pack: int,
+        offset: int,
+        level: int,
+        *,
+        names: Names,
+        known: Known,
+        stranded: Known,
+        marks: Marks,
+        newest: bool,
+    ) -> list[tuple[bytes, int, int, int]] | None:
+        """Read the page `id` in this pack (number `pack`); mark it and, on level 0, its blocks.
+
+        A block counts where the page says, if that pack is present in `names`; else where
+        `known` has it, else where `stranded` has it. Returns (id, pack, offset, length) of the pages
+        below, None where this record was read before. Raises DamagedError where another record lies
+        there, or a damaged one; OSError."""
+
+class Merged:
+    """A pack put together out of others."""
+
+    name: bytes | None
+    "None: not one record could be copied, and nothing was written"
+    size: int
+    records: list[tuple[int, bytes, int, int]]
+    "(kind, id, offset, length) of each record"
+    damaged: list[tuple[int, int]]
+    "(number within the sources, offset) of records that are damaged; they were left out"
+    read: int
+    "bytes read"
+
+def merge_packs(
+    fd: int,
+    sources: Sequence[tuple[int, bytes, Sequence[int]]],
+    *,
+    kind: int,
+    repository: bytes,
+    session: bytes,
+    sequence: int,
+) -> Merged:
+    """Write a pack of records as they are in other packs: (fd, name, offsets of the records, ascending).
+
+    Raises DamagedError for a pack whose frame is damaged, WriteError, OSError."""
 
 # --- what is stored already --------------------------------------------------------
 

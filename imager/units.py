@@ -63,3 +63,19 @@ def format_duration(seconds: float) -> str:
 def format_time(timestamp: float) -> str:
     """A moment in local time with its offset: `2026-11-22 13:40:20 +0000`."""
     return datetime.fromtimestamp(timestamp, timezone.utc).astimezone().strftime("%Y-%m-%d %H:%M:%S %z")
+
+
+_SPAN = re.compile(r"(\d+)([hdwmy])")
+_HOURS = {"h": 1, "d": 24, "w": 7 * 24, "m": 31 * 24, "y": 366 * 24}
+
+
+def parse_span(text: str) -> int:
+    """Microseconds of `12h`, `7d`, `2w`, `6m` (of 31 days), `1y` (of 366), or several: `1y6m`.
+
+    Raises `UsageError`.
+    """
+    parts = _SPAN.findall(text)
+    hours = sum(int(number) * _HOURS[unit] for number, unit in parts)
+    if "".join(number + unit for number, unit in parts) != text or not 0 < hours < 1 << 30:
+        raise UsageError(f"not a duration: {text!r}", hint="write 12h, 7d, 2w, 6m or 1y, or several: 1y6m")
+    return hours * 3_600_000_000

@@ -34,9 +34,13 @@ VERBS = (
     "diff",
     "verify",
     "check",
+    "sync",
     "restore",
     "serve",
     "doctor",
+    "forget",
+    "pin",
+    "prune",
     "lab",
     "completion",
 )

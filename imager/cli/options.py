@@ -44,6 +44,23 @@ class Codec(click.ParamType[str]):
         return text
 
 
+class Duration(click.ParamType[int]):
+    """`12h`, `7d`, `2w`, `6m`, `1y`, or several: microseconds."""
+
+    name = "duration"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from imager.units import parse_span
+
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_span(str(value))
+        except UsageError as error:
+            self.fail(f"{error.message}: {error.hint}", param, ctx)
+
+
+DURATION = Duration()
 SIZE = Size()
 CODEC = Codec()
 THREADS = click.IntRange(0, 1024)

@@ -9,7 +9,7 @@ the summary.)
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from imager.errors import UsageError
 if TYPE_CHECKING:
     from imager.cli.reporters import TerminalReporter
     from imager.repository.credentials import Credentials
-    from imager.repository.repository import Opening
+    from imager.repository.repository import Opening, Repository
     from imager.storage.base import Storage
 
 PROGRESS_MODES = ("auto", "plain", "json", "none")
@@ -89,6 +89,14 @@ class Shell:
             keyfile=self.settings.keyfile,
         )
 
+    def credentials_of(self, keyfile: str | None, passphrase_file: str | None) -> Credentials:
+        """Where the secret of a second repository comes from; where nothing is named, as for the first."""
+        from imager.repository.credentials import Credentials
+
+        if keyfile is None and passphrase_file is None:
+            return self.credentials()
+        return Credentials(keyfile=keyfile, passphrase_file=passphrase_file, interactive=False)
+
     def open(self, *, writing: bool = False, cached: bool = False) -> Opening:
         """Begin to open the repository: the key slots are tried while the verb gets ready.
 
@@ -110,6 +118,17 @@ class Shell:
 
             limits = Limits(self.settings.limit_upload, self.settings.limit_download)
         return open_storage(place, limits, cached=cached)
+
+    def open_keyless(self, *, writing: bool = False) -> Callable[[], Repository]:
+        """What opens the repository without a secret. Raises `UsageError`."""
+        place = self.repository_name()
+
+        def opening() -> Repository:
+            from imager.repository.keyless import open_keyless
+
+            return open_keyless(self.storage(place), writing=writing)
+
+        return opening
 
 
 def plain(value: Any) -> Any:

@@ -138,14 +138,14 @@ def execute(repository: Repository, plan: BackupPlan, reporter: Reporter) -> Bac
     """
     begun, started = time.monotonic(), now()
     locked = _Locked(reporter)
-    known = index.load(repository, locked)
-    repository.packs_present()  # After the index, so that of what that names nothing is too new to be listed.
-    lost = missing.digest(missing.packs(repository))
     lanes: list[_Lane] = []
     try:
-        for source in plan.sources:
-            lanes.append(_lane(repository, plan, source, lost, locked))
+        # First of all, so that a prune knows of this writer before it counts on anything.
         with Session.begin(repository, host=plan.host) as session:
+            known = index.look_around(session, locked)
+            lost = missing.digest(missing.packs(repository, without=session.condemned))
+            for source in plan.sources:
+                lanes.append(_lane(repository, plan, source, known, lost, locked))
             return _run(session, plan, lanes, known, lost, locked, started, begun)
     finally:
         for lane in lanes:
@@ -154,7 +154,12 @@ def execute(repository: Repository, plan: BackupPlan, reporter: Reporter) -> Bac
 
 
 def _lane(
-    repository: Repository, plan: BackupPlan, source: SourcePlan, lost: str, reporter: Reporter
+    repository: Repository,
+    plan: BackupPlan,
+    source: SourcePlan,
+    known: _native.Known,
+    lost: str,
+    reporter: Reporter,
 ) -> _Lane:
     base = image_of(plan.base_manifest, source, plan.block_size)
     if source.stream:
@@ -172,7 +177,7 @@ def _lane(
         unread = Extents.of((start, start + length) for start, length in base.unreadable)
         wanted |= unread.clip(opened.size).blocks(plan.block_size)
         if lost and lost != plan.base_manifest.content.lost:
-            wanted |= missing.blocks(repository, base)
+            wanted |= missing.blocks(repository, base, known)
     return _Lane(source, opened, base, wanted, elsewhere, changes.source, sampled)
 
 
@@ -357,7 +362,7 @@ def _run(
     head = Head(
         session.id, public.created, public.lineage, public.sequence, _native.blake3(manifest), manifest
     )
-    for problem in Witness(repository.id).committed(head, plan.seen):
+    for problem in Witness(repository.place).committed(head, plan.seen):
         reporter.note(problem)
     return BackupSummary(
         set=session.id,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from imager.engine.source import SourcePlan, lineage_name, plan_sources
 from imager.errors import ImagerError, UsageError
 from imager.events import Reporter
-from imager.repository import imageset
+from imager.repository import imageset, tombstones
 from imager.repository.format import is_block_size, lineage_id
 from imager.repository.imageset import Head, Image, Manifest
 from imager.repository.repository import Repository
@@ -98,7 +98,9 @@ def plan(
     name = lineage_name(found, options.name)
     host = imageset.this_host()
     heads, damaged = imageset.heads(repository)
-    for problem in Witness(repository.id).observe(heads, damaged=[item.id for item in damaged]):
+    for problem in Witness(repository.place).observe(
+        heads, damaged=[item.id for item in damaged], forgotten=tombstones.digests(repository)
+    ):
         reporter.warn(problem, hint="run imager check; if that was you, go on: this backup will be whole")
     lineage = lineage_id(repository.secrets.id_key, host, name)
     previous, unusable = imageset.latest_of(repository, lineage, heads)

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from imager._native import Failure, Gather, Known, Slots, fetch
+from imager._native import Failure, Gather, Slots, fetch
 from imager.engine.compare import Geometry
 from imager.errors import IntegrityError, StorageError
 from imager.events import Reporter
 from imager.extents import Extents
-from imager.repository import index
+from imager.repository.format import DAMAGED, KIND_DATA, pack_object
 from imager.repository.repository import Repository
 from imager.storage.errors import Gone
 from imager.units import MIB
@@ -69,9 +69,8 @@ class Fetcher:
         self._target = target
         self._threads = threads
         self._quiet = False
-        self._known: Known | None = None
         self.moved = 0
-        "Blocks that were not whole where the map says, and were found whole through the index."
+        "Blocks that were not whole where the map says though their pack is there, and were found elsewhere."
 
     def slices(self, gather: Gather, *, quiet: bool = False) -> Iterator[list[Damage]]:
         """Fetch a slice each time; yields what was damaged in it. Raises `WriteError`, `StorageError`.
@@ -123,13 +122,11 @@ class Fetcher:
                 return self._fetch(gather, start, end, {**readers}), reasons
 
     def _elsewhere(self, failures: list[Failure]) -> list[Failure]:
-        """A place is a hint, the id is the truth: ask the index for another record of the same id."""
-        if self._known is None:
-            self._repository.packs_present()
-            self._known = index.load(self._repository, self._reporter)
+        """A place is a hint, the id is the truth: ask for another record of the same id."""
+        places = self._repository.locator.find_all({bytes(one.id) for one in failures}, KIND_DATA)
         gather, hopeless, hoped = Gather(), [], {}
         for failure in failures:
-            place = self._known.find(bytes(failure.id))
+            place = places.get(bytes(failure.id))
             if place is None or place[:2] == (failure.pack, failure.offset):
                 hopeless.append(failure)
                 continue
@@ -142,10 +139,18 @@ class Fetcher:
         if not len(gather):
             return hopeless
         again = [failure for failures, _ in self._passes(gather) for failure in failures]
-        lost = [hoped[failure.blocks[0]] for failure in again]
-        self.moved += sum(len(failure.blocks) for failure in hoped.values())
-        self.moved -= sum(len(failure.blocks) for failure in lost)
+        lost = [hoped.pop(failure.blocks[0]) for failure in again]
+        # Where a pack is gone, prune has moved what lived; where it is not, something is wrong.
+        there = {failure.pack for failure in hoped.values()}
+        there = {pack for pack in there if not self._is_gone(pack)}
+        self.moved += sum(len(one.blocks) for one in hoped.values() if one.pack in there)
         return hopeless + lost
+
+    def _is_gone(self, pack: int) -> bool:
+        name = self._repository.names.name(pack)
+        return name is not None and not any(
+            self._repository.storage.exists(prefix + pack_object(KIND_DATA, name)) for prefix in ("", DAMAGED)
+        )
 
     def _fetch(self, gather: Gather, start: int, end: int, readers: Readers) -> list[Failure]:
         done, failures = fetch(

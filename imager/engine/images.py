@@ -17,7 +17,7 @@ from imager.engine.windows import Ranges, Window, windows
 from imager.errors import IntegrityError, UsageError
 from imager.events import Reporter
 from imager.extents import Extents
-from imager.repository import imageset
+from imager.repository import imageset, tombstones
 from imager.repository.blockmap import MapReader
 from imager.repository.manifest import Manifest
 from imager.repository.repository import Repository
@@ -100,7 +100,9 @@ class Image:
 def tell_of_rollback(repository: Repository, reporter: Reporter) -> None:
     """Warn where sets that this machine has seen are gone or replaced: the newest may not be the newest."""
     heads, damaged = imageset.heads(repository)
-    for problem in Witness(repository.id).observe(heads, damaged=[item.id for item in damaged]):
+    for problem in Witness(repository.place).observe(
+        heads, damaged=[item.id for item in damaged], forgotten=tombstones.digests(repository)
+    ):
         reporter.warn(problem, hint="imager list shows what is there now; choose a set by what it holds")
 
 

@@ -32,7 +32,10 @@ def _folder(repository: str) -> str:
 def record(
     repository: str, set_id: str, *, ok: bool, size: int, damaged: int = 0, against: str | None = None
 ) -> bool:
-    """Remember a verification of a set; ids in hexadecimal. False where that could not be kept."""
+    """Remember a verification of a set; False where that could not be kept.
+
+    `repository`: its place, as `Repository.place` has it.
+    """
     entry = Verified(time.time_ns() // 1000, ok, size, damaged, against)
     path = os.path.join(_folder(repository), f"{set_id}.json")
     try:

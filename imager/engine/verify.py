@@ -78,7 +78,7 @@ def verify(
     manifest = chosen[0].manifest
     if len(chosen) == len(manifest.images):
         verified.record(
-            repository.id.hex(), manifest.id, ok=not damage, size=work.bytes, damaged=damaged, against=against
+            repository.place, manifest.id, ok=not damage, size=work.bytes, damaged=damaged, against=against
         )
     return VerifySummary(
         set=manifest.id,

@@ -66,8 +66,32 @@ def slots_of(level: int, index: int, blocks: int) -> int:
     return min(PAGE_SLOTS, -(-blocks // below) - index * PAGE_SLOTS)
 
 
+def find_page(
+    repository: Repository, page: Page, blocks: int, *, listed_only: bool = False
+) -> tuple[Page, Slots]:
+    """The slots of a page in the map of so many blocks, and the page with the place where it was found.
+
+    Where it does not lie in its place it is looked for by its id. `listed_only`: only packs that
+    are present in the repository's names count. Raises as `open_page` does.
+    """
+    try:
+        if listed_only and not repository.names.is_present(page.pack):
+            raise IntegrityError("its pack is missing or was set aside")
+        return page, open_page(repository, page, blocks)
+    except Gone:
+        raise
+    except (IntegrityError, StorageError):
+        place = repository.locator.find(page.id, KIND_MAP)
+        if place is None or place == (page.pack, page.offset, page.length):
+            raise
+        if listed_only and not repository.names.is_present(place[0]):
+            raise
+        moved = Page(page.level, page.index, page.id, *place)
+        return moved, open_page(repository, moved, blocks)
+
+
 def open_page(repository: Repository, page: Page, blocks: int) -> Slots:
-    """The slots of a page in the map of so many blocks.
+    """The slots of the page that lies in a place, in the map of so many blocks.
 
     Raises `IntegrityError` where it is missing, damaged, or not the page that its
     parent implies; `WrongKey`, `StorageError`.
@@ -99,6 +123,7 @@ class MapReader:
         self.block_size = image.block_size
         self.root = image.root
         self._kept: OrderedDict[bytes, Slots] = OrderedDict()
+        self._moved: dict[bytes, Page] = {}
         self._root: Page | None = None
         if image.root is not None:
             root = image.root
@@ -120,15 +145,20 @@ class MapReader:
     def _read(self, page: Page) -> Slots:
         repository = self.repository
         try:
-            if self._listed_only and not repository.names.is_present(page.pack):
-                raise IntegrityError("its pack is missing or was set aside")
-            return open_page(repository, page, self.blocks)
+            found, slots = find_page(repository, page, self.blocks, listed_only=self._listed_only)
+            if found is not page:
+                self._moved[page.id] = found
+            return slots
         except Gone:
             raise
         except (IntegrityError, StorageError) as error:
             first = page.index * span(page.level)
             count = min(span(page.level), self.blocks - first)
             raise DamagedPage(first, count, repository.pack_label(page.pack), error.message) from error
+
+    def placed(self, page: Page) -> Page:
+        """A page that was loaded, with the place where it was found."""
+        return self._moved.get(page.id, page)
 
     def child(self, page: Page, slots: Slots, at: int) -> Page:
         """The page below slot `at`, which holds data."""

@@ -8,31 +8,43 @@ parent says.
 from __future__ import annotations
 
 import os
-import re
 import time
 from dataclasses import dataclass, replace
 
 from imager import _native
-from imager.errors import UsageError
 from imager.events import Reporter
-from imager.repository import index, missing, structure
+from imager.repository import checked, index, missing, references, structure
+from imager.repository.checked import Record, Wish
 from imager.repository.damage import hurt_by_pack
 from imager.repository.findings import Hurt, Problem, Survey
 from imager.repository.format import DAMAGED, INDEX, KIND_DATA, KIND_MAP, PACKS, pack_object
 from imager.repository.repository import Repository
-from imager.storage.errors import NotFound
-from imager.units import parse_size
+from imager.storage.errors import AlreadyExists, NotFound
 
-__all__ = ["Hurt", "Problem", "Summary", "check", "choose"]
+__all__ = ["Hurt", "PackAge", "Problem", "Summary", "check"]
 
-_PART = re.compile(r"(\d+)/(\d+)")
-_SHARE = re.compile(r"(\d+(?:\.\d+)?)%")
 _CHUNK = 4 << 20
+_PIECE = 1024
+"After so many packs the record is written, so that a check that is stopped was not in vain."
+
+
+@dataclass(frozen=True, slots=True)
+class PackAge:
+    """When a pack was last read back whole (microseconds since 1970 UTC); None: never, as far as known."""
+
+    pack: str
+    size: int
+    read: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a check found. `packs` counts those there are, `packs_read` those whose bytes were read."""
+    """What a check found. `packs` counts those there are, `packs_read` those whose bytes were read.
+
+    `keyless`: nothing was decrypted. `packs_unread`: packs that no check on record has read whole;
+    `oldest_read`: when the longest unread of the others was (microseconds since 1970 UTC), None where
+    there is none. `ages`: of each pack, where that was asked for.
+    """
 
     sets: int
     packs: int
@@ -44,6 +56,10 @@ class Summary:
     repaired: tuple[str, ...]
     seconds: float
     ok: bool
+    keyless: bool = False
+    packs_unread: int = 0
+    oldest_read: int | None = None
+    ages: tuple[PackAge, ...] | None = None
 
 
 def check(
@@ -52,23 +68,28 @@ def check(
     *,
     read_data: str | None = None,
     repair: bool = False,
+    ages: bool = False,
     threads: int = 0,
 ) -> Summary:
     """Check the structure; with `read_data` also packs and index segments; then trace what damage costs.
 
-    read_data: `all`, `N/M` (the N-th of M parts; M runs cover all), `10%` or `5G` (a random choice).
+    read_data: `all`; or a share `N/M` or `10%`, or an amount `5G`, of the packs that were not read for
+    the longest time. A repository that was opened without a key is checked as far as that goes.
     repair: set damaged packs aside, so that the next backup stores their blocks anew, rebuild the index,
     and remove what dead writers left. Raises `UsageError`, `StorageError`.
     """
     begun = time.monotonic()
-    if read_data is not None:
-        choose({}, read_data)  # A wrong wish is told before the work begins.
+    wish = checked.parse_wish(read_data) if read_data is not None else None
     found = structure.survey(repository, reporter)
-    chosen = choose(found.sizes, read_data) if read_data is not None else []
-    if read_data is not None:
+    record = checked.load(repository)
+    chosen: list[str] = []
+    if wish is not None:
+        chosen = record.choose(found.sizes, wish)
         _read_index(found)
-        _read_packs(found, chosen, threads)
-    costs = hurt_by_pack(found)
+        _read_packs(found, chosen, threads, record, wish)
+        if found.keyless:
+            references.check_blocks(found, chosen)
+    costs = references.hurt_sets(found) if found.keyless else hurt_by_pack(found)
     done: list[str] = []
     if repair:
         _set_aside(found, done)
@@ -78,6 +99,8 @@ def check(
     else:
         problems += found.problems
     problems.sort(key=lambda problem: (problem.kind, problem.object))
+    reads = {path: record.last_read(path) for path in sorted(found.sizes)}
+    known = [at for at in reads.values() if at is not None]
     return Summary(
         sets=len(found.listing.sets),
         packs=len(found.sizes),
@@ -85,72 +108,66 @@ def check(
         pages=found.pages,
         bytes_read=found.read,
         problems=tuple(problems),
-        notes=tuple(found.notes),
+        notes=(*found.notes, *record.notes),
         repaired=tuple(done),
         seconds=round(time.monotonic() - begun, 3),
         ok=all(problem.repaired for problem in problems),
+        keyless=found.keyless,
+        packs_unread=len(reads) - len(known),
+        oldest_read=min(known, default=None),
+        ages=tuple(PackAge(path, found.sizes[path], at) for path, at in reads.items()) if ages else None,
     )
 
 
-# --- which packs to read --------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------
 
 
-def choose(sizes: dict[str, int], wish: str) -> list[str]:
-    """The packs to read, by object name, out of `sizes`. Raises `UsageError`."""
-    names = sorted(sizes)
-    if wish in ("all", "100%"):
-        return names
-    part = _PART.fullmatch(wish)
-    if part:
-        number, parts = int(part[1]), int(part[2])
-        if not 1 <= number <= parts:
-            raise UsageError(f"no part {wish}", hint="write 1/7 to 7/7: seven runs read everything once")
-        # By name, so that a pack stays in its part however many others come and go.
-        return [name for name in names if int(name[-16:], 16) % parts == number - 1]
-    share = _SHARE.fullmatch(wish)
-    if share and not 0 < float(share[1]) <= 100:
-        raise UsageError(f"{wish} of the data cannot be read", hint="write a share from 1% to 100%")
-    wanted = float(share[1]) / 100 * sum(sizes.values()) if share else parse_size(wish)
-    import random
-
-    random.SystemRandom().shuffle(names)
-    chosen: list[str] = []
-    total = 0
-    for name in names:
-        if total >= wanted:
-            break
-        chosen.append(name)
-        total += sizes[name]
-    return sorted(chosen)
-
-
-def _read_packs(found: Survey, chosen: list[str], threads: int) -> None:
+def _read_packs(found: Survey, chosen: list[str], threads: int, record: Record, wish: Wish) -> None:
     """Check whole packs: name, frame, and the digest of every payload. No key takes part."""
-    repository = found.repository
     found.reporter.phase("reading packs", sum(found.sizes[name] for name in chosen))
-    for path in chosen:
-        name = bytes.fromhex(path[-64:])
-        number = repository.names.intern(name)
-        try:
-            fd = repository.storage.open(path)
-        except NotFound:
-            found.blame(number, "it is missing")
-            continue
-        try:
-            report = _native.check_pack(fd, name, repository.id, threads)
-            if report.problem is not None:
-                found.blame(number, report.problem)
-            elif report.damaged:
-                found.blame(number, f"{len(report.damaged)} of its {report.records} records are damaged")
-            elif path.startswith(PACKS) and number in found.used:
-                _compare_index(found, fd, number, name)
-        except OSError as error:
-            found.blame(number, f"it cannot be read: {error.strerror}")
-        finally:
-            os.close(fd)
-        found.read += found.sizes[path]
-        found.reporter.advance(found.sizes[path])
+    whole: list[str] = []
+    share = 0
+    try:
+        for path in chosen:
+            if _is_whole(found, path, threads):
+                whole.append(path)
+            if len(whole) >= _PIECE:
+                record.keep(0, whole, found.sizes)
+                whole = []
+            found.reporter.advance(found.sizes[path])
+        share = record.share_of(wish, found.sizes)
+    finally:
+        if whole or share:
+            record.keep(share, whole, found.sizes)
     found.reporter.end()
+
+
+def _is_whole(found: Survey, path: str, threads: int) -> bool:
+    """Read one pack; what is wrong with it goes to `found`."""
+    repository, name = found.repository, bytes.fromhex(path[-64:])
+    number = repository.names.intern(name)
+    try:
+        fd = repository.storage.open(path)
+    except NotFound:
+        found.blame(number, "it is missing")
+        return False
+    whole = False
+    try:
+        report = _native.check_pack(fd, name, repository.id, threads)
+        if report.problem is not None:
+            found.blame(number, report.problem)
+        elif report.damaged:
+            found.blame(number, f"{len(report.damaged)} of its {report.records} records are damaged")
+        else:
+            whole = True
+            if path.startswith(PACKS) and number in found.used:
+                _compare_index(found, fd, number, name)
+    except OSError as error:
+        found.blame(number, f"it cannot be read: {error.strerror}")
+    finally:
+        os.close(fd)
+    found.read += found.sizes[path]
+    return whole
 
 
 def _compare_index(found: Survey, fd: int, number: int, name: bytes) -> None:
@@ -250,9 +267,42 @@ def _set_aside(found: Survey, done: list[str]) -> None:
         if whole:
             found.notes.append(f"{path} is whole by its name; it stays")
             continue
-        repository.storage.move(path, DAMAGED + path)
-        found.aside.add(number)
-        done.append(f"set {path} aside: the next backup stores again what its source still has of it")
+        if _move_aside(repository, path, name):
+            found.aside.add(number)
+            done.append(f"set {path} aside: the next backup stores again what its source still has of it")
+
+
+def _move_aside(repository: Repository, path: str, name: bytes) -> bool:
+    """Move a damaged pack below `damaged/`; False where it is gone. Raises `StorageError`."""
+    storage, target = repository.storage, DAMAGED + path
+    for number in range(1, 100):
+        try:
+            storage.move(path, target)
+            return True
+        except NotFound:
+            return False  # Another repair was quicker, or a prune.
+        except AlreadyExists:
+            if _healthy(repository, path, name) <= _healthy(repository, target, name):
+                # The same, where a repair was killed midway; else the one that is there gives back more.
+                storage.delete(path)
+                return True
+            storage.move(target, f"{target}.{number}")
+    return False
+
+
+def _healthy(repository: Repository, path: str, name: bytes) -> int:
+    """How many records of a damaged pack are whole, as far as its frame tells."""
+    try:
+        fd = repository.storage.open(path)
+    except NotFound:
+        return -1
+    try:
+        report = _native.check_pack(fd, name, repository.id)
+        return 0 if report.problem is not None else report.records - len(report.damaged)
+    except OSError:
+        return -1
+    finally:
+        os.close(fd)
 
 
 def _rebuild(found: Survey, done: list[str]) -> list[Problem]:

@@ -1,8 +1,8 @@
 """From damaged packs back to the sets, disks and bytes that they cost.
 
 Invariant: bytes are named as hurt only if the blocks there were tried and
-could not be had intact, or their map page is bad; what a damaged pack still
-gives back whole is not.
+could not be had intact, in their place or elsewhere by their id, or their map
+page is bad; what a damaged pack still gives back whole is not.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections import defaultdict
 
 from imager import _native
-from imager._native import DATA, ZERO, Gather, Slots
+from imager._native import DATA, ZERO, Failure, Gather, Slots
 from imager.errors import IntegrityError
 from imager.extents import Extents
 from imager.repository.findings import Hurt, Survey
+from imager.repository.format import KIND_DATA
 from imager.repository.manifest import Image, Manifest
 from imager.repository.pages import BadPage, pages
-from imager.repository.repository import Reader
+from imager.repository.repository import Reader, Repository
 from imager.storage.errors import Gone, StorageError
 
 _BATCH = 1 << 16
@@ -79,8 +80,33 @@ def _part(slots: Slots, doubtful: set[int]) -> Slots:
 
 def _try(found: Survey, image: Image, gather: Gather, lost: Blocks) -> None:
     """Fetch the gathered records; the blocks of those that fail go into `lost`."""
-    repository = found.repository
     gather.sort()
+    failures = _failures(found.repository, image, gather)
+    if not failures:
+        return
+    # A place is a hint, the id is the truth: it may have been stored again, or moved.
+    ids = {bytes(one.id) for one in failures}
+    places = found.repository.locator.find_all(ids, KIND_DATA)
+    again, owners = Gather(), {}
+    for failure in failures:
+        place = places.get(bytes(failure.id))
+        if place is None or place[:2] == (failure.pack, failure.offset):
+            lost[failure.pack] += [(block, block + 1) for block in failure.blocks]
+            continue
+        slot = Slots(1)
+        slot.set_data(0, bytes(failure.id), *place)
+        for block in failure.blocks:
+            again.add(block, slot)
+            owners[block] = failure.pack
+    again.sort()
+    for failure in _failures(found.repository, image, again):
+        for block in failure.blocks:
+            lost[owners[block]].append((block, block + 1))
+
+
+def _failures(repository: Repository, image: Image, gather: Gather) -> list[Failure]:
+    """The gathered records that cannot be had from where they are said to be."""
+    found: list[Failure] = []
     start = 0
     while start < len(gather):
         end = gather.slice_end(start, max(1, _SLICE // image.block_size))
@@ -101,6 +127,6 @@ def _try(found: Survey, image: Image, gather: Gather, lost: Blocks) -> None:
             image_size=image.size,
             block_size=image.block_size,
         )
-        for failure in failures:
-            lost[failure.pack] += [(block, block + 1) for block in failure.blocks]
+        found += failures
         start = end
+    return found

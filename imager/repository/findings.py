@@ -17,7 +17,10 @@ from imager.units import format_size
 
 @dataclass(frozen=True, slots=True)
 class Hurt:
-    """Bytes of one disk of one set that are lost; `extents` as (start, length) in bytes."""
+    """Bytes of one disk of one set that are lost; `extents` as (start, length) in bytes.
+
+    `name` and `disk` are empty where no key was given: then only the set is known.
+    """
 
     set: str
     name: str
@@ -30,6 +33,8 @@ class Hurt:
         return sum(length for _, length in self.extents)
 
     def __str__(self) -> str:
+        if not self.disk:
+            return f"set {self.set[:8]}: with a key, check tells which bytes"
         shown = ", ".join(f"{start}+{length}" for start, length in self.extents[:4])
         more = f" and {len(self.extents) - 4} more extents" if len(self.extents) > 4 else ""
         amount = format_size(self.bytes)
@@ -40,7 +45,7 @@ class Hurt:
 class Problem:
     """One damaged, missing or doubtful object.
 
-    kind: config, slot, epoch, session, set, chain, history, pack, map, index.
+    kind: config, slot, epoch, session, set, chain, history, tombstone, pin, condemned, pack, map, index.
     `repaired`: nothing is left to do about it and nothing was lost.
     """
 
@@ -78,6 +83,11 @@ class Survey:
     "Packs that are map packs."
     pages: int = 0
     read: int = 0
+
+    @property
+    def keyless(self) -> bool:
+        """Whether nothing sealed can be read: no key was given, or one that can write only."""
+        return self.repository.sealed and not self.repository.secrets.epochs
 
     def blame(self, number: int, reason: str) -> None:
         """Remember what is wrong with a pack, each reason once."""

@@ -20,6 +20,8 @@ VERSION = 1
 CONFIG = "config"
 SLOTS, EPOCHS, SESSIONS, SETS = "slots/", "epochs/", "sessions/", "sets/"
 PACKS, MAPS, INDEX, CONDEMNED, DAMAGED = "packs/", "maps/", "index/", "condemned/", "damaged/"
+ABSENT, CHECKED = "absent/", "checked/"
+FORGOTTEN, PINS = "forgotten/", "pins/"
 
 KIND_DATA, KIND_MAP = 1, 2
 CIPHER_AES, CIPHER_CHACHA = 1, 2
@@ -107,7 +109,7 @@ class Slot(msgspec.Struct, frozen=True):
 
 
 class SessionObject(msgspec.Struct, frozen=True):
-    """A writer announced itself (section 9)."""
+    """A writer announced itself (section 9). `condemned`: ids of the condemnations that it had seen."""
 
     session: str
     repository: str
@@ -115,7 +117,46 @@ class SessionObject(msgspec.Struct, frozen=True):
     epoch: int
     host: str
     pid: int
-    generation: int
+    condemned: tuple[str, ...] = ()
+    process: str = ""
+    "Which process of which machine, as `sessions.this_process` says it; a hint for whom to fence."
+    kind: str = "backup"
+    digest: str = ""
+    "Of the object without it; the first sessions had none."
+
+
+class Condemned(msgspec.Struct, frozen=True):
+    """Packs that a prune is going to delete (section 9); names in hexadecimal, ascending."""
+
+    condemned: str
+    repository: str
+    created: int
+    packs: tuple[str, ...]
+    maps: tuple[str, ...]
+
+
+class Tombstone(msgspec.Struct, frozen=True):
+    """An image set was forgotten on purpose (section 9). `digest`: of its whole manifest."""
+
+    set: str
+    repository: str
+    lineage: str
+    sequence: int
+    digest: str
+    created: int
+    host: str
+    reason: str
+    signature: str = ""
+
+
+class Pin(msgspec.Struct, frozen=True):
+    """An image set is to be kept whatever the rules say (section 9)."""
+
+    set: str
+    repository: str
+    created: int
+    host: str
+    note: str = ""
 
 
 class AbortMark(msgspec.Struct, frozen=True):
@@ -217,7 +258,7 @@ def is_pack_name(text: str) -> bool:
 
 
 def numbered(names: list[str]) -> list[int]:
-    """The numbers in names of 8 hexadecimal digits (epochs, condemned); other names are skipped."""
+    """The numbers in names of 8 hexadecimal digits (epochs); other names are skipped."""
     found = (re.fullmatch(_NUMBERED, name) for name in names)
     return [int(match[1], 16) for match in found if match]
 
@@ -237,6 +278,30 @@ def config_message(config: dict[str, Any]) -> bytes:
 def epoch_message(repository: bytes, epoch: int, public: bytes) -> bytes:
     """What the signature of an epoch is made over."""
     return _native.blake3(b"imager epoch v1" + repository + epoch.to_bytes(4, "little") + public)
+
+
+def session_digest(session: dict[str, Any]) -> str:
+    """The digest in a session's announcement: of the object without it."""
+    bare = {key: value for key, value in session.items() if key != "digest"}
+    return _native.blake3(b"imager session v1" + canonical(bare)).hex()
+
+
+def parse_session(raw: bytes, session: str, repository: str) -> SessionObject:
+    """The object `sessions/<session>`. Raises `IntegrityError`."""
+    what = f"session {session}"
+    value = parse(raw, what)
+    told = shape(value, SessionObject, what)
+    if told.session != session or told.repository != repository:
+        raise IntegrityError(f"{what} is damaged: it belongs to another name or repository")
+    if told.digest and told.digest != session_digest(value):
+        raise IntegrityError(f"{what} is damaged: its digest is another")
+    return told
+
+
+def tombstone_message(tombstone: dict[str, Any]) -> bytes:
+    """What the signature of a tombstone is made over: the digest of the object without it."""
+    bare = {key: value for key, value in tombstone.items() if key != "signature"}
+    return _native.blake3(b"imager forgotten v1" + canonical(bare))
 
 
 def lineage_id(id_key: bytes, host: str, name: str) -> bytes:

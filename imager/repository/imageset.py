@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 
@@ -18,11 +18,9 @@ from imager.repository.format import (
     MAX_SMALL_JSON,
     SESSIONS,
     SETS,
-    SessionObject,
     is_id,
     lineage_id,
-    parse,
-    shape,
+    parse_session,
 )
 from imager.repository.manifest import (
     MAX_MANIFEST,
@@ -123,7 +121,8 @@ def check_name(name: str) -> str:
 # --- reading ---------------------------------------------------------------------------
 
 
-def _raws(repository: Repository) -> Iterable[tuple[str, bytes]]:
+def raw_sets(repository: Repository) -> Iterable[tuple[str, bytes]]:
+    """(id, bytes) of what lies at each set's place: manifests and abort marks. Raises `StorageError`."""
     storage = repository.storage
     # What has no id for a name is not ours: something a file manager left, say.
     ids = [one for name in storage.list_names(SETS) if is_id(one := name.removeprefix(SETS))]
@@ -151,7 +150,7 @@ def heads(repository: Repository) -> tuple[list[Head], list[Damaged]]:
     """
     found: list[Head] = []
     damaged: list[Damaged] = []
-    for set_id, raw in _raws(repository):
+    for set_id, raw in raw_sets(repository):
         if is_abort_mark(raw):
             continue
         try:
@@ -171,7 +170,7 @@ def list_sets(repository: Repository) -> Listing:
     sets: list[Manifest] = []
     damaged: list[Damaged] = []
     aborted: list[str] = []
-    for set_id, raw in _raws(repository):
+    for set_id, raw in raw_sets(repository):
         if is_abort_mark(raw):
             aborted.append(set_id)
             continue
@@ -214,8 +213,16 @@ def _order(head: Head) -> tuple[int, int, str]:
     return head.sequence, head.created, head.id
 
 
-def chain_problems(listing: Listing) -> list[tuple[str, str]]:
-    """Where the chain of a lineage is broken: (set id, what is wrong)."""
+def chain_problems(
+    listing: Listing,
+    forgotten: Callable[[str], str | None] = lambda _: None,
+    absent: Collection[str] = (),
+) -> list[tuple[str, str]]:
+    """Where the chain of a lineage is broken: (set id, what is wrong).
+
+    `forgotten`: gives the digest of a set that was forgotten on purpose; asked only where one is missing.
+    `absent`: sets that whoever made this copy left out on purpose.
+    """
     sets = {manifest.id: manifest for manifest in listing.sets}
     unusable = {problem.id for problem in listing.problems}
     problems: list[tuple[str, str]] = []
@@ -224,6 +231,8 @@ def chain_problems(listing: Listing) -> list[tuple[str, str]]:
         if previous is None or previous.set in unusable:
             continue  # A damaged predecessor is a problem of its own.
         before = sets.get(previous.set)
+        if before is None and (previous.set in absent or forgotten(previous.set) == previous.digest):
+            continue
         if before is None:
             problems.append((manifest.id, f"the image set before it, {previous.set}, is missing"))
         elif before.digest.hex() != previous.digest:
@@ -249,8 +258,8 @@ def split_selector(text: str) -> Selector:
     return Selector(match["set"], match["disk"], int(part) if part else None)
 
 
-def parse_time(text: str) -> int:
-    """The last microsecond, since 1970 UTC, of the day, minute or second that is named.
+def parse_time(text: str, *, begin: bool = False) -> int:
+    """The last microsecond, since 1970 UTC, of the day, minute or second that is named; `begin`: the first.
 
     Local time unless the text has an offset. Raises `UsageError`.
     """
@@ -265,6 +274,8 @@ def parse_time(text: str) -> int:
         moment = datetime.fromisoformat(f"{date}T{clock}")
         if moment.tzinfo is None:
             moment = moment.astimezone()
+        if begin:
+            return (moment - _EPOCH) // timedelta(microseconds=1)
         return (moment + unit - _EPOCH) // timedelta(microseconds=1) - 1
     except (ValueError, OverflowError, OSError) as error:
         raise UsageError(f"not a time: {text!r}: {error}", hint=hint) from error
@@ -346,10 +357,9 @@ def _begun(repository: Repository, session: str) -> int | None:
     """When the writer of a set announced itself, as far as that can be told."""
     try:
         raw = repository.storage.read(SESSIONS + session, 0, MAX_SMALL_JSON + 1)
-        announced = shape(parse(raw, session), SessionObject, session)
+        return parse_session(raw, session, repository.config.repository).created
     except (NotFound, IntegrityError):
         return None
-    return announced.created if announced.session == session else None
 
 
 _LIST = "imager list shows what there is"

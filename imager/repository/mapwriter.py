@@ -71,8 +71,13 @@ class MapWriter:
                 old = self.base.leaf(index)
             except DamagedPage:
                 page, harmed = None, True
+        if self.base is not None and isinstance(page, Page):
+            page = self.base.placed(page)
         slots = old.copy()
-        absent = slots.drop_absent(self.session.repository.names)
+        names = self.session.repository.names
+        if self.session.known is not None:
+            slots.relocate(names, self.session.known)
+        absent = slots.drop_absent(names)
         known = absent == 0 and page is not None and len(old) == self.length(index)
         slots.resize(self.length(index), UNKNOWN)
         return Leaf(index, page, old, slots, known, harmed or absent > 0)
@@ -168,12 +173,20 @@ class MapWriter:
         if slot is None:
             if self.base is None or self.base.root is None:
                 raise ValueError("a map without a base needs all of its leaves")
-            return self.base.root
+            return self._base_root(self.base)
         _, identity, pack, offset, length = slot.get(0)
         name = self.session.repository.names.name(pack)
         if name is None:
             raise ValueError("the root's pack has no name")
         return Root(name.hex(), offset, length, identity.hex(), top)
+
+    def _base_root(self, base: MapReader) -> Root:
+        """The base's root, with the place where it lies now."""
+        root = base.find(top := root_level(self.blocks), 0)
+        assert isinstance(root, Page) and base.root is not None
+        root = base.placed(root)
+        name = self.session.repository.names.name(root.pack)
+        return Root(name.hex(), root.offset, root.length, root.id.hex(), top) if name else base.root
 
     def _rise(self, level: int, top: int) -> None:
         """From the changes of the level below to those of this level."""

@@ -7,8 +7,10 @@ and the storage does not list, so that nothing is walked where nothing is lost.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from imager import _native
-from imager._native import UNKNOWN
+from imager._native import UNKNOWN, Known
 from imager.extents import Extents
 from imager.repository.blockmap import MapReader
 from imager.repository.format import DAMAGED, is_pack_name
@@ -19,8 +21,8 @@ from imager.storage.errors import AlreadyExists
 MISSING = DAMAGED + "missing/"
 
 
-def packs(repository: Repository) -> list[bytes]:
-    """Names of packs that are known of and not listed, sorted.
+def packs(repository: Repository, *, without: Collection[bytes] = ()) -> list[bytes]:
+    """Names of packs that are known of and not listed, sorted; but none of `without`, which are condemned.
 
     Known of are those that index segments name (load them before), roots of
     maps that were opened, and what a repair set aside or found missing. Call
@@ -34,7 +36,7 @@ def packs(repository: Repository) -> list[bytes]:
     for number in range(names.reserve()):
         if not names.is_present(number) and (name := names.name(number)) is not None:
             found.add(name)
-    return sorted(found)
+    return sorted(found.difference(without))
 
 
 def note(repository: Repository, name: bytes) -> None:
@@ -50,8 +52,11 @@ def digest(lost: list[bytes]) -> str:
     return _native.blake3(b"".join(lost)).hex() if lost else ""
 
 
-def blocks(repository: Repository, image: Image) -> Extents:
-    """Ranges of blocks whose records or pages lie in packs that are not listed. Walks all of the map."""
+def blocks(repository: Repository, image: Image, known: Known) -> Extents:
+    """Ranges of blocks whose records or pages are in no pack that is listed. Walks all of the map.
+
+    `known`: where records are that prune has moved.
+    """
     gone: list[tuple[int, int]] = []
 
     def damaged(first: int, count: int, reason: str) -> None:
@@ -62,6 +67,7 @@ def blocks(repository: Repository, image: Image) -> Extents:
         if isinstance(part, int):
             continue
         slots = part.copy()
+        slots.relocate(repository.names, known)
         if slots.drop_absent(repository.names):
             gone += [(first + low, first + high) for kind, low, high in slots.runs() if kind == UNKNOWN]
     return Extents.of(gone)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import RLock
@@ -92,11 +92,16 @@ class PackAccess(ABC):
             if name.startswith(f"{prefix}{name[at : at + 2]}/") and is_pack_name(name[at:])
         ]
 
-    def packs_present(self) -> int:
-        """List the packs and tell `names` which there are; returns how many. Raises `StorageError`."""
+    def packs_present(self, *, without: Collection[bytes] = ()) -> int:
+        """List the packs and tell `names` which there are; returns how many. Raises `StorageError`.
+
+        `without`: packs that count as absent, for they are condemned.
+        """
         if not self.storage.local:
             self._listing = self.storage.list_names("")  # All at once: hardly longer than the packs alone.
         present = self.pack_names(KIND_DATA, self._listing) + self.pack_names(KIND_MAP, self._listing)
+        if without:
+            present = [name for name in present if name not in without]
         self.names.set_present(present)
         return len(present)
 

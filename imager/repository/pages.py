@@ -65,14 +65,14 @@ def pages(repository: Repository, image: Image, seen: Seen | None = None) -> Ite
         below: int = PAGE_SLOTS**level
         place = blockmap.Page(level, first // (below * PAGE_SLOTS), identity, pack, offset, length)
         try:
-            slots = blockmap.open_page(repository, place, image.blocks)
+            found, slots = blockmap.find_page(repository, place, image.blocks)
         except Gone:
             raise
         except (IntegrityError, StorageError) as error:
             hidden = min(below * PAGE_SLOTS, image.blocks - first)
             yield BadPage(pack, offset, first, hidden, error.message)
             continue
-        yield Page(pack, offset, length, level, first, slots)
+        yield Page(found.pack, found.offset, found.length, level, first, slots)
         if level:
             for at in range(len(slots) - 1, -1, -1):
                 kind, child, child_pack, child_offset, child_length = slots.get(at)

@@ -8,6 +8,8 @@ takes its keys away from data that is there.
 from __future__ import annotations
 
 import os
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 from imager import _native
 from imager.errors import ImagerError, IntegrityError, NoRepository, UsageError
@@ -42,30 +44,43 @@ from imager.repository.packs import PackAccess, Reader
 from imager.storage.base import Storage
 from imager.storage.errors import AlreadyExists, Gone, NotFound
 
+if TYPE_CHECKING:
+    from imager.repository.locator import Locator
+
 __all__ = ["Opening", "Reader", "Repository"]
+
+
+def read_config(storage: Storage, *, writing: bool) -> tuple[Config, dict[str, object]]:
+    """A repository's config, and the object it came from. Without encryption its digest is checked.
+
+    Raises `NoRepository` (none there, or features unknown; `writing` asks for those of a
+    writer too), `IntegrityError`, `StorageError`.
+    """
+    try:
+        raw = storage.read(CONFIG, 0, MAX_SMALL_JSON + 1)
+    except (NotFound, Gone) as error:
+        if isinstance(error, Gone) and not storage.local:
+            raise NoRepository(error.message, hint=error.hint) from error
+        raise NoRepository(
+            f"there is no repository in {storage.url}", hint=f"create one: imager init {storage.url}"
+        ) from error
+    config, value = parse_config(raw)
+    check_features(config, writing=writing)
+    if config.encryption != SEALED and bytes.fromhex(config.seal) != config_message(value):
+        raise IntegrityError("config is damaged: its digest is another")
+    return config, value
 
 
 class Opening:
     """A repository whose config is read and whose key slots are being tried in the background."""
 
     def __init__(self, storage: Storage, credentials: Credentials, *, writing: bool) -> None:
-        try:
-            raw = storage.read(CONFIG, 0, MAX_SMALL_JSON + 1)
-        except (NotFound, Gone) as error:
-            if isinstance(error, Gone) and not storage.local:
-                raise NoRepository(error.message, hint=error.hint) from error
-            raise NoRepository(
-                f"there is no repository in {storage.url}", hint=f"create one: imager init {storage.url}"
-            ) from error
         self.storage = storage
-        self.config, self._object = parse_config(raw)
+        self.config, self._object = read_config(storage, writing=writing)
         self.id = bytes.fromhex(self.config.repository)
-        check_features(self.config, writing=writing)
         self._unlocking: Unlocking | None = None
         if self.config.encryption == SEALED:
             self._unlocking = self._start(credentials)
-        elif bytes.fromhex(self.config.seal) != config_message(self._object):
-            raise IntegrityError("config is damaged: its digest is another")
 
     def _start(self, credentials: Credentials) -> Unlocking:
         slots = []
@@ -118,6 +133,18 @@ class Repository(PackAccess):
         self._handles: dict[bytes, int] = {}
         self._session_keys: dict[bytes, tuple[int, bytes]] = {}
 
+    @cached_property
+    def locator(self) -> Locator:
+        """Finds records that are not where a map says."""
+        from imager.repository.locator import Locator
+
+        return Locator(self)
+
+    def look_anew(self) -> None:
+        """Forget where things were found: this very process has moved some of them."""
+        self.close()
+        self.__dict__.pop("locator", None)
+
     # --- from place to repository ------------------------------------------------
 
     @staticmethod
@@ -150,7 +177,7 @@ class Repository(PackAccess):
             raise UsageError(
                 f"{block_size} bytes is no block size", hint="choose a power of two from 4KiB to 4MiB"
             )
-        _refuse_used(storage)
+        refuse_used(storage)
         sealed = encryption != "none"
         repository = os.urandom(16)
         secrets = keys.new_secrets() if sealed else Secrets(os.urandom(32), b"", {})
@@ -171,7 +198,7 @@ class Repository(PackAccess):
         value["seal"] = (keys.sign(secrets.signing_seed, message) if sealed else message).hex()
         config, _ = parse_config(raw := canonical(value))
         with storage.initializing():
-            _refuse_used(storage)
+            refuse_used(storage)
             if not storage.local:
                 from imager.storage.probe import refuse_unfit
 
@@ -189,6 +216,11 @@ class Repository(PackAccess):
             except AlreadyExists as error:
                 raise UsageError(f"there is a repository in {storage.url} already") from error
         return Repository(storage, config, secrets)
+
+    @property
+    def place(self) -> str:
+        """A name of this repository at this place, for what a machine remembers: a copy has the same id."""
+        return place_of(self.id, self.storage.url)
 
     @property
     def sealed(self) -> bool:
@@ -232,6 +264,11 @@ class Repository(PackAccess):
             return handle
 
 
+def place_of(repository: bytes, url: str) -> str:
+    """A file name for what is remembered of a repository at a place."""
+    return f"{repository.hex()}-{_native.blake3(url.encode(errors='surrogateescape'))[:8].hex()}"
+
+
 def _builtins(config: Config) -> dict[str, object]:
     import msgspec
 
@@ -239,7 +276,7 @@ def _builtins(config: Config) -> dict[str, object]:
     return value
 
 
-def _refuse_used(storage: Storage) -> None:
+def refuse_used(storage: Storage) -> None:
     """Raises `UsageError` where a new repository would be in the way of something."""
     if storage.exists(CONFIG):
         raise UsageError(f"there is a repository in {storage.url} already", hint="choose another folder")

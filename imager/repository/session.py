@@ -17,18 +17,13 @@ from collections.abc import Callable
 
 from imager import _native
 from imager.errors import ImagerError, IntegrityError, Locked
+from imager.repository import sessions
 from imager.repository.format import (
     CIPHER_AES,
     CIPHER_CHACHA,
-    CONDEMNED,
     KIND_DATA,
     KIND_MAP,
-    SESSIONS,
     SETS,
-    SessionObject,
-    canonical,
-    now,
-    numbered,
     pack_object,
 )
 from imager.repository.keys import seal_session_key
@@ -128,6 +123,8 @@ class _Publisher:
 class Session:
     """One writer's work, from its announcement to its commit. Use it as a context manager.
 
+    What is there already is looked at after `begin`, by `index.look_around`.
+
     Packs are numbered in the order of `new_pack`. `new_pack`, `seal` and
     `create` may be called from several threads.
     """
@@ -140,6 +137,10 @@ class Session:
         self.envelope: bytes | None = None
         self.stored = 0
         "Bytes of the packs and other objects handed in so far."
+        self.known: _native.Known | None = None
+        "Where blocks are; None before `index.look_around`."
+        self.condemned: frozenset[bytes] = frozenset()
+        "Packs that were condemned when it looked around: it refers to none of them."
         self._handle: int | None = None
         self._lock = threading.Lock()
         self._sequence = 0
@@ -147,6 +148,7 @@ class Session:
         self._staged: dict[int, tuple[Staged, int]] = {}
         "Packs by number: not handed in yet, or not durable yet."
         self._ended = False
+        self._committing = False
         epoch = 0
         if repository.sealed:
             cipher = CIPHER_AES if _native.aes_is_fast() else CIPHER_CHACHA
@@ -161,22 +163,18 @@ class Session:
                 repository=repository.id,
             )
             self._handle = repository.adopt_key(self.envelope, cipher, self.key)
-        generation = max(numbered(repository.storage.list_names(CONDEMNED)), default=0)
-        announcement = canonical(
-            SessionObject(self.id, repository.config.repository, now(), epoch, host, os.getpid(), generation)
-        )
+        # Durable before anything is looked at that this writer is going to count on.
+        sessions.announce(repository.storage, repository.config.repository, self.id, host=host, epoch=epoch)
         local = repository.storage.local
         self._publisher = _Publisher(1, _IN_FLIGHT) if local else _Publisher(_FAR_IN_FLIGHT, _FAR_IN_FLIGHT)
 
-        def announce() -> None:
+        def tidy() -> None:
             try:
                 repository.storage.sweep()  # or writers that are killed again and again would fill the disk
             except StorageError:
                 pass  # Tidying up is no condition of a backup; what really is wrong, the next call tells.
-            repository.storage.create(SESSIONS + self.id, announcement)
 
-        # In the background, like all that follows; being first, it is durable before any pack has a name.
-        self._publisher.add("announcement", announce)
+        self._publisher.add("tidying", tidy)
 
     @classmethod
     def begin(cls, repository: Repository, *, host: str | None = None) -> Session:
@@ -270,6 +268,7 @@ class Session:
         if self._staged:
             raise ValueError("commit with packs that were not sealed")
         storage = self.repository.storage
+        self._committing = True
         try:
             storage.create(SETS + self.id, manifest)
         except AlreadyExists as error:
@@ -298,12 +297,13 @@ class Session:
             staged, self._staged = list(self._staged.values()), {}
         for item, _ in staged:
             item.discard()
-        if not self._objects:
-            # Nothing of this session is stored: it need not stay known.
-            try:
-                self.repository.storage.delete(SESSIONS + self.id)
-            except StorageError:
-                pass  # The announcement harms nobody, and the error that led here is the one to tell.
+        if self._committing:
+            return  # The storage failed midway: whether there is a set, whoever looks will see.
+        try:
+            # Nothing more comes of this session, so no prune needs to wait for it.
+            sessions.end(self.repository.storage, self.id)
+        except StorageError:
+            pass  # The announcement harms nobody, and the error that led here is the one to tell.
 
     def _end(self) -> None:
         if not self._ended:

@@ -12,28 +12,28 @@ from collections.abc import Iterator
 from imager import _native
 from imager.errors import IntegrityError
 from imager.events import Reporter
-from imager.repository import imageset, index, keys
+from imager.repository import absent, imageset, index, keys, references, sessions, tombstones
 from imager.repository.findings import Problem, Survey
 from imager.repository.format import (
     DAMAGED,
     EPOCHS,
     FOOTER,
+    FORGOTTEN,
     INDEX,
     KIND_DATA,
     KIND_MAP,
     MAPS,
     MAX_SMALL_JSON,
     PACKS,
+    PINS,
     SESSIONS,
     SLOTS,
     TRAILER_ENTRY,
-    SessionObject,
     is_id,
     is_pack_name,
     numbered,
     pack_object,
-    parse,
-    shape,
+    parse_session,
 )
 from imager.repository.frames import ends
 from imager.repository.missing import MISSING
@@ -66,12 +66,20 @@ def _secrets(found: Survey) -> None:
     if not repository.sealed:
         return
     storage = repository.storage
-    for slot in Opening.slot_ids(storage):
+    slots = Opening.slot_ids(storage)
+    if not slots:
+        lost = "no key slot is left: nothing can be opened without one"
+        found.problems.append(Problem("slot", SLOTS, lost))
+    for slot in slots:
         try:
             keys.parse_slot(storage.read(SLOTS + slot, 0, MAX_SMALL_JSON + 1), slot, repository.id)
         except (IntegrityError, NotFound) as error:
             found.problems.append(Problem("slot", SLOTS + slot, error.message))
     present = numbered(storage.list_names(EPOCHS))
+    if not present and not repository.secrets.epochs:
+        found.problems.append(
+            Problem("epoch", EPOCHS, "no key epoch is left; backups need one, restores do not")
+        )
     verify_key = bytes.fromhex(repository.config.verify_key)
     for number in sorted({*present, *repository.secrets.epochs}):
         name = keys.epoch_name(number)
@@ -93,11 +101,50 @@ def _sets(found: Survey) -> None:
     listing = found.listing
     for damaged in listing.problems:
         found.problems.append(Problem("set", f"sets/{damaged.id}", damaged.reason))
-    for set_id, text in imageset.chain_problems(listing):
+    left_out = absent.names(found.repository.storage)
+    lacking = sorted(left_out - {manifest.id for manifest in listing.sets})
+    if lacking:
+        found.notes.append(f"{len(lacking)} image sets were left out of this copy: {', '.join(lacking[:3])}")
+    forgotten = tombstones.digests(found.repository)
+    for set_id, text in imageset.chain_problems(listing, forgotten, left_out):
         found.problems.append(Problem("chain", f"sets/{set_id}", text))
-    witness = Witness(found.repository.id)
-    for text in witness.observe(listing.sets, damaged=[damaged.id for damaged in listing.problems]):
+    witness = Witness(found.repository.place)
+    damaged_ids = [damaged.id for damaged in listing.problems]
+    for text in witness.observe(listing.sets, damaged=damaged_ids, forgotten=forgotten):
         found.problems.append(Problem("history", "the repository", text))
+    _upkeep(found)
+
+
+def _upkeep(found: Survey) -> None:
+    """Tombstones, pins, and packs that are condemned."""
+    repository = found.repository
+    present = {manifest.id for manifest in found.listing.sets}
+    for set_id in sorted(tombstones.forgotten_ids(repository)):
+        try:
+            tombstones.read_tombstone(repository, set_id)
+        except IntegrityError as error:
+            found.problems.append(Problem("tombstone", FORGOTTEN + set_id, error.message))
+            continue
+        if set_id in present:
+            found.notes.append(f"image set {set_id} was to be forgotten and is still there: forget it again")
+    for set_id in sorted(tombstones.pinned(repository)):
+        try:
+            tombstones.read_pin(repository, set_id)
+        except (IntegrityError, NotFound) as error:
+            found.problems.append(Problem("pin", PINS + set_id, error.message))
+            continue
+        if set_id not in present:
+            found.notes.append(f"{PINS}{set_id} pins an image set that is not there")
+    try:
+        condemned = sessions.read_condemned(repository.storage, repository.config.repository)
+    except IntegrityError as error:
+        found.problems.append(Problem("condemned", "condemned/", error.message))
+        return
+    if condemned:
+        packs = sum(len(one.packs) + len(one.maps) for one in condemned.values())
+        found.notes.append(
+            f"{packs} packs are condemned: the next prune deletes them, once older sessions have ended"
+        )
 
 
 def _sessions(found: Survey) -> None:
@@ -105,12 +152,9 @@ def _sessions(found: Survey) -> None:
     names = {name.removeprefix(SESSIONS) for name in storage.list_names(SESSIONS)}
     done = {manifest.id for manifest in found.listing.sets} | {item.id for item in found.listing.problems}
     for session in sorted(name for name in names if is_id(name)):
-        what = f"session {session}"
         try:
             raw = storage.read(SESSIONS + session, 0, MAX_SMALL_JSON + 1)
-            value = shape(parse(raw, what), SessionObject, what)
-            if value.session != session or value.repository != repository:
-                raise IntegrityError(f"{what} is damaged: it belongs to another name or repository")
+            value = parse_session(raw, session, repository)
         except NotFound:
             continue  # a backup that failed just now took it back
         except IntegrityError as error:
@@ -119,9 +163,10 @@ def _sessions(found: Survey) -> None:
         if session not in done and session not in found.listing.aborted:
             found.notes.append(
                 f"session {session} of {value.host} (process {value.pid}) has no image set: "
-                "its backup still runs, or it ended early"
+                f"its {value.kind} still runs, or it ended early"
             )
-    for session in sorted(done - names):
+    # Where a set is being forgotten, its announcement goes first.
+    for session in sorted(done - names - tombstones.forgotten_ids(found.repository)):
         found.problems.append(
             Problem("session", SESSIONS + session, "the announcement of an image set's writer is missing")
         )
@@ -157,7 +202,8 @@ def _packs(found: Survey) -> None:
         name_text = path.rpartition("/")[2]
         if is_pack_name(name_text):
             number = repository.names.intern(bytes.fromhex(name_text))
-            found.aside.add(number)
+            if path.removeprefix(DAMAGED) not in found.sizes:  # Else a repair was killed, or it is back.
+                found.aside.add(number)
             if path.startswith(DAMAGED + MAPS):
                 found.maps.add(number)
 
@@ -221,20 +267,11 @@ def _index(found: Survey) -> None:
 def _maps(found: Survey) -> None:
     """Open every page that a set refers to, once, and see that every pack named is there and of its kind."""
     repository = found.repository
-    if repository.sealed and not repository.secrets.epochs:
-        found.notes.append("this key can write only: what the image sets refer to was not checked")
-        return
-    seen: Seen = set()
-    for manifest in found.listing.sets:
-        for image in manifest.images:
-            for page in pages(repository, image, seen):
-                found.pages += 1
-                found.used.add(page.pack)
-                if isinstance(page, BadPage):
-                    found.maps.add(page.pack)
-                    _blame_page(found, page)
-                elif page.level == 0:
-                    found.used.update(page.slots.packs())
+    if found.keyless:
+        found.notes.append(references.UNTOLD)
+        references.survey_maps(found)
+    else:
+        _pages(found)
     for number in found.used:
         name = repository.names.name(number)
         if name is None or number in found.bad or number in found.aside:
@@ -249,6 +286,22 @@ def _maps(found: Survey) -> None:
         found.notes.append(
             f"{orphans} packs belong to no image set: left by backups that ended early, or still being made"
         )
+
+
+def _pages(found: Survey) -> None:
+    seen: Seen = set()
+    for manifest in found.listing.sets:
+        for image in manifest.images:
+            for page in pages(found.repository, image, seen):
+                found.pages += 1
+                found.used.add(page.pack)
+                if isinstance(page, BadPage):
+                    found.maps.add(page.pack)
+                    _blame_page(found, page)
+                elif page.level == 0:
+                    # What prune has moved is where the index says.
+                    page.slots.relocate(found.repository.names, found.known)
+                    found.used.update(page.slots.packs())
 
 
 def _blame_page(found: Survey, page: BadPage) -> None:

@@ -8,7 +8,7 @@ until a person accepts it; a lost or unwritable memory hurts no backup.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import msgspec
@@ -46,25 +46,38 @@ class SetLike(Protocol):
 
 
 class Witness:
-    """The memory of one repository, in the state folder of this machine."""
+    """The memory of one repository at one place, in the state folder of this machine.
 
-    def __init__(self, repository: bytes) -> None:
-        self._path = os.path.join(config.state_dir(), "witness", repository.hex() + ".json")
+    `place`: as `Repository.place` has it. A copy elsewhere has the same id, and may have fewer sets.
+    """
+
+    def __init__(self, place: str) -> None:
+        self._path = os.path.join(config.state_dir(), "witness", place + ".json")
         self._loaded: dict[str, Seen] | None = None
 
-    def observe(self, sets: Iterable[SetLike], *, damaged: Iterable[str] = ()) -> list[str]:
+    def observe(
+        self,
+        sets: Iterable[SetLike],
+        *,
+        damaged: Iterable[str] = (),
+        forgotten: Callable[[str], str | None] = lambda _: None,
+    ) -> list[str]:
         """Compare all sets of the repository with the memory, tell what is wrong, remember what is newer.
 
         `damaged`: ids of sets that are there but unreadable (another problem, not told here).
+        `forgotten`: gives the digest of a set that was forgotten on purpose; asked only where one is gone.
         """
         problems: list[str] = []
         lineages = self._load(problems)
         present = {item.id: item for item in sets}
         unusable = set(damaged)
         doubtful: set[str] = set()
+        released: set[str] = set()
         for lineage, seen in lineages.items():
             item = present.get(seen.set)
-            if item is None:
+            if item is None and seen.set not in unusable and forgotten(seen.set) == seen.digest:
+                released.add(lineage)
+            elif item is None:
                 doubtful.add(lineage)
                 if seen.set not in unusable:
                     problems.append(
@@ -77,6 +90,8 @@ class Witness:
                     f"image set {seen.set} is not the one that this machine saw before: it was replaced"
                 )
         changed = False
+        for lineage in released.intersection(item.lineage for item in present.values()):
+            del lineages[lineage]  # What is left of it now is what there ought to be.
         for item in present.values():
             last = lineages.get(item.lineage)
             # Where something is wrong the memory stays as it is, or one more backup would hide the rollback.

@@ -20,7 +20,7 @@ from imager.storage.base import TOP, Entry, check_name
 from imager.storage.errors import Gone, NotFound, refusal
 
 FOLDERS = ("slots", "epochs", "sessions", "sets", "packs", "maps", "index", "condemned", "tmp")
-_EXPECTED = {*FOLDERS, "damaged", "config", "lost+found"}
+_EXPECTED = {*FOLDERS, "absent", "checked", "damaged", "forgotten", "pins", "config", "lost+found"}
 
 # What a filesystem answers that has no files without names, or no links.
 _NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL, errno.ENOSYS)
@@ -253,8 +253,7 @@ class FolderStorage:
         try:
             self._link_once(fd, staged, target)
         except FileNotFoundError:
-            if not self._remake(folder):
-                raise
+            self._remake(folder)  # Or another thread has made it a moment ago.
             self._link_once(fd, staged, target)
         _sync_folder(folder)
 

@@ -23,6 +23,7 @@ pub mod scan;
 pub mod seal;
 pub mod slots;
 pub mod source;
+pub mod upkeep;
 pub mod workers;
 
 mod py;

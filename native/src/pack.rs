@@ -24,6 +24,8 @@ pub const MAX_ENVELOPES: usize = 1024;
 const FIXED: usize = 64;
 const TRAILER_ENTRY: usize = HEAD + 32;
 const FOOTER: usize = 32;
+/// What follows the records beside their own trailer entries: one entry's worth, and the footer.
+pub const TAIL_ROOM: u64 = (TRAILER_ENTRY + FOOTER) as u64;
 const PACK_MAGIC: &[u8; 8] = b"IMGRPACK";
 const TAIL_MAGIC: &[u8; 8] = b"IMGRTAIL";
 
@@ -38,19 +40,30 @@ pub struct Header {
     pub envelopes: Vec<[u8; ENVELOPE]>,
 }
 
-fn encode_header(
-    kind: u8, repository: &[u8; 16], session: &[u8; 16], sequence: u64, envelopes: &[[u8; ENVELOPE]],
-) -> Vec<u8> {
+/// What a pack's header says beside its envelopes.
+pub struct Parts {
+    /// 1 data, 2 map.
+    pub kind: u8,
+    /// The repository.
+    pub repository: [u8; 16],
+    /// The session.
+    pub session: [u8; 16],
+    /// Number of the pack within the session.
+    pub sequence: u64,
+}
+
+/// The bytes of a header.
+pub fn encode_header(parts: &Parts, envelopes: &[[u8; ENVELOPE]]) -> Vec<u8> {
     let length = FIXED + ENVELOPE * envelopes.len() + 8;
     let mut out = Vec::with_capacity(length);
     out.extend_from_slice(PACK_MAGIC);
     out.extend_from_slice(&1u16.to_le_bytes());
-    out.push(kind);
+    out.push(parts.kind);
     out.push(0);
     out.extend_from_slice(&(length as u32).to_le_bytes());
-    out.extend_from_slice(repository);
-    out.extend_from_slice(session);
-    out.extend_from_slice(&sequence.to_le_bytes());
+    out.extend_from_slice(&parts.repository);
+    out.extend_from_slice(&parts.session);
+    out.extend_from_slice(&parts.sequence.to_le_bytes());
     out.extend_from_slice(&(envelopes.len() as u16).to_le_bytes());
     out.extend_from_slice(&[0; 6]);
     for envelope in envelopes {
@@ -59,6 +72,23 @@ fn encode_header(
     let check = xxh3(&out);
     out.extend_from_slice(&check.to_le_bytes());
     out
+}
+
+/// The footer of a pack whose trailer begins at `trailer_at`.
+pub fn encode_footer(records: u32, trailer_at: u64) -> Vec<u8> {
+    let mut footer = Vec::with_capacity(FOOTER);
+    footer.extend_from_slice(TAIL_MAGIC);
+    footer.extend_from_slice(&records.to_le_bytes());
+    footer.extend_from_slice(&(TRAILER_ENTRY as u32).to_le_bytes());
+    footer.extend_from_slice(&trailer_at.to_le_bytes());
+    let check = xxh3(&footer);
+    footer.extend_from_slice(&check.to_le_bytes());
+    footer
+}
+
+/// The name of the pack that these are the frame of.
+pub fn name_of(header: &[u8], trailer: &[u8], footer: &[u8]) -> Id {
+    b3(&[b"imager pack v1", header, trailer, footer])
 }
 
 /// Parse a pack's first bytes; more than the header may be given.
@@ -112,6 +142,13 @@ pub struct Frame {
     pub name: Id,
 }
 
+impl Frame {
+    /// Its length in bytes.
+    pub fn bytes(&self) -> u64 {
+        (self.header.length + self.entries.len() * TRAILER_ENTRY + FOOTER) as u64
+    }
+}
+
 /// Read and check header and trailer of a pack. `name`: what it must be called, if known.
 pub fn read_frame(fd: Fd, name: Option<&Id>, repository: &[u8; 16]) -> Result<Frame> {
     let size = fd.size()?;
@@ -144,7 +181,7 @@ pub fn read_frame(fd: Fd, name: Option<&Id>, repository: &[u8; 16]) -> Result<Fr
     }
     let mut trailer = vec![0; length as usize];
     fd.read_exact_at(&mut trailer, at)?;
-    let is = b3(&[b"imager pack v1", &start, &trailer, &footer]);
+    let is = name_of(&start, &trailer, &footer);
     if name.is_some_and(|name| *name != is) {
         return damaged("pack is not the one its name says: swapped, or its frame is damaged");
     }
@@ -251,7 +288,8 @@ impl Writer {
             return invalid("a session key needs an envelope, and an envelope a key");
         }
         let envelopes: Vec<[u8; ENVELOPE]> = origin.envelope.into_iter().copied().collect();
-        let header = encode_header(origin.kind, &origin.repository, &origin.session, origin.sequence, &envelopes);
+        let Origin { kind, repository, session, sequence, .. } = origin;
+        let header = encode_header(&Parts { kind, repository, session, sequence }, &envelopes);
         fd.write_all_at(&header, 0)?;
         let state = State { size: header.len() as u64, ..State::default() };
         Ok(Self { fd, header, number, key, state: Mutex::new(state) })
@@ -350,14 +388,8 @@ impl Writer {
             return invalid("the pack is finished already, or a write of it has failed");
         }
         state.spare = Vec::new();
-        let mut footer = Vec::with_capacity(FOOTER);
-        footer.extend_from_slice(TAIL_MAGIC);
-        footer.extend_from_slice(&state.records.to_le_bytes());
-        footer.extend_from_slice(&(TRAILER_ENTRY as u32).to_le_bytes());
-        footer.extend_from_slice(&state.size.to_le_bytes());
-        let check = xxh3(&footer);
-        footer.extend_from_slice(&check.to_le_bytes());
-        let name = b3(&[b"imager pack v1", &self.header, &state.trailer, &footer]);
+        let footer = encode_footer(state.records, state.size);
+        let name = name_of(&self.header, &state.trailer, &footer);
         let mut tail = std::mem::take(&mut state.trailer);
         tail.extend_from_slice(&footer);
         self.fd.write_all_at(&tail, state.size)?;

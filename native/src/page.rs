@@ -92,8 +92,8 @@ pub fn encode(level: u8, first: u64, slots: &[Slot], names: &Names, holder: u32)
     Ok((public, sealed))
 }
 
-/// Parse a page. `holder` is the pack that it was read from.
-pub fn decode(public: &[u8], sealed: &[u8], names: &Names, holder: u32) -> Result<Page> {
+/// Parse the public part of a page: its level, and what it refers to. `holder`: the pack that it was read from.
+pub fn decode_public(public: &[u8], names: &Names, holder: u32) -> Result<(u8, Vec<Slot>)> {
     let mut r = Reader::new(public, "map page");
     let level = r.u8()?;
     let version = r.u8()?;
@@ -120,7 +120,12 @@ pub fn decode(public: &[u8], sealed: &[u8], names: &Names, holder: u32) -> Resul
         table.push(Slot::data(r.array()?, place));
     }
     r.done()?;
+    Ok((level, table))
+}
 
+/// Parse a page. `holder` is the pack that it was read from.
+pub fn decode(public: &[u8], sealed: &[u8], names: &Names, holder: u32) -> Result<Page> {
+    let (level, table) = decode_public(public, names, holder)?;
     let mut r = Reader::new(sealed, "sealed part of a map page");
     let first = r.u64()?;
     let count = usize::from(r.u16()?);

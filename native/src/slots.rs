@@ -93,6 +93,18 @@ pub fn push_range<T: PartialEq + Copy>(ranges: &mut Vec<(T, T)>, start: T, end: 
     }
 }
 
+/// Give data slots whose pack the storage lacks the place where `find` has their record; how many it has.
+pub fn relocate(slots: &mut [Slot], names: &Names, find: impl Fn(&Id) -> Option<Place>) -> usize {
+    let mut moved = 0;
+    for slot in slots.iter_mut().filter(|s| s.kind == DATA && !names.is_present(s.place.pack)) {
+        if let Some(place) = find(&slot.id) {
+            slot.place = place;
+            moved += 1;
+        }
+    }
+    moved
+}
+
 /// Turn data slots whose pack the storage lacks into `UNKNOWN`; how many there were.
 pub fn drop_absent(slots: &mut [Slot], names: &Names) -> usize {
     let mut dropped = 0;

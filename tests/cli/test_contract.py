@@ -19,6 +19,9 @@ NEEDS_REPOSITORY: dict[str, tuple[str, ...]] = {
     "verify": ("latest",),
     "check": (),
     "restore": ("latest", "OUT"),
+    "forget": ("--keep-last", "1"),
+    "pin": (),
+    "prune": (),
 }
 with_repository = pytest.mark.parametrize("verb", list(NEEDS_REPOSITORY))
 every_verb = pytest.mark.parametrize("verb", VERBS)
@@ -157,7 +160,7 @@ def test_a_folder_as_target(imager, repository: Path, tmp_path: Path, as_json: b
     refused(ended, errors.EXIT_GUARD, as_json=as_json, kind="guard")
 
 
-@pytest.mark.parametrize("verb", ["list", "show", "devices", "diff"])
+@pytest.mark.parametrize("verb", ["list", "show", "devices", "diff", "pin"])
 def test_a_query_is_one_document(imager, arguments, repository: Path, verb: str) -> None:
     words = arguments(verb) if verb in NEEDS_REPOSITORY else [verb]
     ended = imager.ok("-r", repository, *words, "--json")
@@ -165,7 +168,7 @@ def test_a_query_is_one_document(imager, arguments, repository: Path, verb: str)
     assert ended.err == ""
 
 
-@pytest.mark.parametrize("verb", ["backup", "verify", "check", "restore"])
+@pytest.mark.parametrize("verb", ["backup", "verify", "check", "restore", "forget", "prune"])
 def test_a_long_job_is_a_stream_that_ends_in_its_summary(
     imager, arguments, repository: Path, verb: str
 ) -> None:
@@ -176,7 +179,7 @@ def test_a_long_job_is_a_stream_that_ends_in_its_summary(
     assert ended.err == ""
 
 
-@pytest.mark.parametrize("verb", ["backup", "restore"])
+@pytest.mark.parametrize("verb", ["backup", "restore", "forget", "prune"])
 @both_forms
 def test_a_dry_run_changes_nothing(
     imager, arguments, repository: Path, tmp_path: Path, verb, as_json
@@ -215,10 +218,14 @@ def field_names(value: object) -> set[str]:
     return set(value).union(*below)
 
 
-@pytest.mark.parametrize("verb", ["list", "show", "devices", "diff", "backup", "verify", "check", "restore"])
+@pytest.mark.parametrize(
+    "verb",
+    ["list", "show", "devices", "diff", "backup", "verify", "check", "restore", "forget", "pin", "prune"],
+)
 def test_every_field_is_documented(imager, arguments, repository: Path, verb: str) -> None:
     page = (Path(__file__).parents[2] / "docs/reference/json.md").read_text()
     words = arguments(verb) if verb in NEEDS_REPOSITORY else [verb]
-    ended = imager.ok("-r", repository, *words, "--json")
-    for name in field_names(ended.messages):
+    dry = [["--dry-run"]] if verb in ("forget", "prune") else []
+    messages = [imager.ok("-r", repository, *words, "--json", *more).messages for more in ([], *dry)]
+    for name in field_names(messages):
         assert f"`{name}`" in page, name

@@ -304,7 +304,7 @@ def test_what_this_machine_remembers(
     Path(journal.path).write_bytes(wrong)
     if journal.load():
         assert all(0 <= start <= end <= 256 for start, end in [*journal.done, *journal.begun])
-    witness = Witness(bytes(16))
+    witness = Witness(bytes(16).hex())
     (quick / "witness").mkdir(exist_ok=True)
     (quick / "witness" / f"{'00' * 16}.json").write_bytes(raw)
     assert isinstance(witness.observe([]), list)

@@ -23,6 +23,7 @@ import xxhash
 
 from imager import reference
 from imager.cli.main import run
+from imager.repository.repository import place_of
 
 BLOCK = 4096
 MIB = 1 << 20
@@ -84,7 +85,13 @@ class Place:
 
     def copy(self, folder: Path) -> Place:
         shutil.copytree(self.folder, folder, ignore=shutil.ignore_patterns("*.img"))
-        return Place(folder)
+        other = Place(folder)
+        for memory in (folder / "state" / "witness").glob("*.json"):
+            # A machine remembers a repository by its place: this one has seen the copy where it is now.
+            memory.rename(
+                memory.with_name(f"{place_of(bytes.fromhex(memory.stem[:32]), str(other.root))}.json")
+            )
+        return other
 
     def files(self, kind: str) -> list[Path]:
         """The objects of a folder of the repository, sorted by name."""

@@ -15,8 +15,11 @@ import pytest
 
 from imager.engine.verify import verify
 from imager.events import Silent
+from imager.repository import sync
 from imager.repository.check import check
 from imager.repository.imageset import list_sets
+from imager.repository.keyless import open_keyless
+from imager.storage.folder import FolderStorage
 from tests import reference_writer as w
 from tests.workbench import KEYFILE, PASSPHRASE, Workbench, sha256, state_in
 
@@ -72,6 +75,40 @@ def test_golden_repository(name: str, tmp_path: Path) -> None:
             place.reference(one["set"], target, image.disk)
             assert sha256(target) == wanted["sha256"], f"reference reader of {one['set']}"
             target.unlink()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_golden_repository_is_copied_without_a_key(name: str, tmp_path: Path) -> None:
+    """Checked, copied, checked again; the copy's sets are the same sets, and each disk comes back."""
+    facts = json.loads((GOLDEN / f"{name}.json").read_text())
+    unpack(name, tmp_path)
+    copy = tmp_path / "copied" / "repo"
+    with open_keyless(FolderStorage(str(tmp_path / "repo"))) as source:
+        found = check(source, Silent(), read_data="all")
+        assert found.ok and not found.problems
+        done = sync.sync(source, FolderStorage(str(copy)), sync.Wishes(), Silent(), verify=True)
+    ids = [one["set"] for one in facts["sets"]]
+    assert done.ok and list(done.sets) == ids
+    for kind in ("slots", "epochs", "sets", "sessions", "packs", "maps"):
+        for path in (tmp_path / "repo" / kind).rglob("*"):
+            if path.is_file():
+                assert (copy / path.relative_to(tmp_path / "repo")).read_bytes() == path.read_bytes()
+    place = Workbench(copy.parent, encryption=facts["encryption"], create=False)
+    with place.open(writing=False) as repository:
+        found = check(repository, Silent(), read_data="all")
+        assert found.ok and not found.problems
+    last = facts["sets"][-1]
+    for disk, wanted in last["disks"].items():
+        target = tmp_path / "out"
+        assert place.restore(f"{last['set']}:{disk}", target).verified
+        assert sha256(target) == wanted["sha256"]
+        target.unlink()
+        place.reference(last["set"], target, disk)
+        assert sha256(target) == wanted["sha256"]
+        target.unlink()
+    with open_keyless(FolderStorage(str(tmp_path / "repo"))) as source:
+        again = sync.sync(source, FolderStorage(str(copy)), sync.Wishes(), Silent())
+    assert (again.packs, again.maps, again.objects, again.sets) == (0, 0, 0, ())
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "passphrase-stream"])

@@ -29,7 +29,7 @@ def command(shell: Shell, set_text: str) -> None:
     selector = imageset.split_selector(set_text)
     manifest = imageset.resolve(repository, selector.set)
     images = [imageset.select_image(manifest, selector.disk)] if selector.disk else list(manifest.images)
-    checked = verified.last(repository.id.hex(), manifest.id)
+    checked = verified.last(repository.place, manifest.id)
     if shell.json:
         shell.document({**sets.document(manifest), "verified": checked})
         return

@@ -6,6 +6,7 @@ mod known;
 mod packs;
 mod seals;
 mod slots;
+mod upkeep;
 mod vault;
 mod work;
 
@@ -22,5 +23,6 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     slots::register(m)?;
     packs::register(m)?;
     known::register(m)?;
+    upkeep::register(m)?;
     work::register(m)
 }

@@ -5,6 +5,7 @@ use pyo3::prelude::*;
 
 use crate::slots::{self, Place, Slot, DATA};
 
+use super::known::Known;
 use super::vault::{id, Names};
 
 #[pyclass(module = "imager._native")]
@@ -106,6 +107,10 @@ impl Slots {
 
     fn drop_absent(&mut self, names: &Names) -> usize {
         slots::drop_absent(&mut self.0, &names.0)
+    }
+
+    fn relocate(&mut self, names: &Names, known: &Known) -> usize {
+        slots::relocate(&mut self.0, &names.0, |id| known.0.find(id))
     }
 
     fn packs(&self) -> Vec<u32> {

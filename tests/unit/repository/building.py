@@ -53,15 +53,14 @@ class Lab:
     ) -> Manifest:
         """One image set of these disks on top of the lineage's last; a data pack for every `pack_blocks`."""
         repository = self.repository
-        repository.packs_present()
-        known = index.load(repository)
         lineage = lineage_id(repository.secrets.id_key, "host", name)
         base, _ = imageset.latest_of(repository, lineage)
         with Session.begin(repository, host="host") as session:
+            known = index.look_around(session)
             roots = []
             for disk, content in disks.items():
                 before = next((image for image in base.images if image.disk == disk), None) if base else None
-                reader = MapReader(repository, before) if before else None
+                reader = MapReader(repository, before, listed_only=True) if before else None
                 roots.append(self._image(session, known, reader, content, pack_blocks))
             index.write_segment(session, known)
             public = imageset.Public(

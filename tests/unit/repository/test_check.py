@@ -13,7 +13,7 @@ from imager.errors import ImagerError, UsageError
 from imager.events import Silent
 from imager.repository import check as checking
 from imager.repository import imageset
-from imager.repository.check import Summary, check, choose
+from imager.repository.check import Summary, check
 from imager.repository.session import Session
 from tests.unit.repository.building import BLOCK, Lab, noise
 
@@ -221,7 +221,8 @@ def test_unfinished_sessions_and_their_packs_are_no_damage(lab: Lab) -> None:
         vault, content, [(0, 2)], image_size=size, block_size=BLOCK, base=None, pack=pack, known=known
     )
     session.seal(pack)
-    session.abandon()
+    session.drain()
+    session._end()  # As if it were killed: nothing is taken back.
     summary = run(lab)
     assert summary.ok
     assert any(session.id in note for note in summary.notes)
@@ -249,7 +250,8 @@ def test_repair_sets_damage_aside_and_the_next_backup_heals(lab: Lab) -> None:
     assert restored(lab, healed) == []
     after = run(lab)
     assert claimed(after, healed) == []
-    assert [claimed(after, set_id) for set_id in ids] == [before[set_id] for set_id in ids]
+    assert any(before.values()) and after.ok, "what was stored again is found by its id"
+    assert [claimed(after, set_id) for set_id in ids] == [[], []]
 
 
 def test_repair_of_the_index_alone_leaves_a_whole_repository(lab: Lab) -> None:
@@ -269,20 +271,7 @@ def test_repair_sweeps_what_dead_writers_left(lab: Lab) -> None:
     assert run(lab, None, repair=True).repaired == ("removed 1 files that dead writers left",)
 
 
-def test_parts_cover_everything_once() -> None:
-    sizes = {f"packs/{i % 256:02x}/{os.urandom(32).hex()}": i + 1 for i in range(300)}
-    parts = [choose(sizes, f"{n}/7") for n in range(1, 8)]
-    assert sorted(name for part in parts for name in part) == sorted(sizes)
-    assert choose(sizes, "all") == choose(sizes, "100%") == sorted(sizes)
-    total = sum(sizes.values())
-    assert total * 0.1 <= sum(sizes[name] for name in choose(sizes, "10%")) <= total * 0.1 + 300
-    assert 1024 <= sum(sizes[name] for name in choose(sizes, "1K")) < 1024 + 300
-    assert choose(sizes, "1G") == sorted(sizes)
-    for wrong in ("0/7", "8/7", "0%", "101%", "much", "1/"):
-        with pytest.raises(UsageError):
-            choose(sizes, wrong)
-
-
 def test_a_wrong_wish_is_told_before_the_work(lab: Lab) -> None:
-    with pytest.raises(UsageError):
-        checking.check(lab.repository, Silent(), read_data="a lot")
+    for wrong in ("a lot", "0/7", "8/7", "0%", "101%", "1/", "0", ""):
+        with pytest.raises(UsageError):
+            checking.check(lab.repository, Silent(), read_data=wrong)

@@ -1,0 +1,114 @@
+"""Where a record is that is not where a map says: prune has moved it, or a repair set its pack aside.
+
+Invariant: a location is a hint and the id the truth. The index is asked first;
+where that does not know, the trailers of the packs that no index segment names
+are. What is found lies in a pack that the storage lists.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+
+from imager import _native
+from imager.errors import IntegrityError
+from imager.repository import index
+from imager.repository.format import KIND_DATA, KIND_MAP, pack_object
+from imager.repository.packs import PackAccess
+from imager.storage.errors import Gone, NotFound, StorageError
+
+Place = tuple[int, int, int]
+"Number of the pack in the repository's names, offset, length of the record."
+
+
+class Locator:
+    """Finds records of one repository by their ids. Nothing is read before it is asked."""
+
+    def __init__(self, repository: PackAccess) -> None:
+        self._repository = repository
+        self._names = _native.Names()  # Its own: what is present to a writer is another matter.
+        self._known = _native.Known(self._names)
+        self._listing: frozenset[str] = frozenset()
+        self._complete: set[int] = set()
+
+    def find(self, identity: bytes, kind: int) -> Place | None:
+        """Where a record is; see `find_all`."""
+        return self.find_all([identity], kind).get(identity)
+
+    def find_all(self, identities: Iterable[bytes], kind: int) -> dict[bytes, Place]:
+        """Where records are, of those that are found; `kind`: that of their pack.
+
+        Looks again, once, where packs or segments came or went since it looked. Raises `StorageError`.
+        """
+        wanted = list(identities)
+        found: dict[bytes, Place] = {}
+        for attempt in (self._as_it_is, self._completed, self._looked_again, self._completed):
+            missing = [identity for identity in wanted if identity not in found]
+            if not missing or not attempt(kind):
+                continue
+            for identity in missing:
+                if (place := self._known.find(identity)) is not None:
+                    found[identity] = (self._translated(place[0]), place[1], place[2])
+        return found
+
+    def _translated(self, number: int) -> int:
+        name = self._names.name(number)
+        assert name is not None, "packs of the index have names"
+        return self._repository.names.intern(name)
+
+    # --- the ways of looking; each tells whether it brought anything new ---------------------
+
+    def _as_it_is(self, kind: int) -> bool:
+        return bool(self._listing) or self._load()
+
+    def _looked_again(self, kind: int) -> bool:
+        return self._load()
+
+    def _load(self) -> bool:
+        """List the packs, load the index; False where nothing has changed."""
+        repository = self._repository
+        packs = repository.pack_names(KIND_DATA) + repository.pack_names(KIND_MAP)
+        # After the packs: what was moved out of one that is not listed was in the index before.
+        segments = index.segment_names(repository)
+        listing = frozenset(segments) | {name.hex() for name in packs}
+        if listing == self._listing:
+            return False
+        self._listing = listing
+        self._names = _native.Names()
+        self._names.set_present(packs)
+        self._known = _native.Known(self._names)
+        self._complete.clear()
+        for name in segments:
+            try:
+                index.load_one(repository, self._known, name)
+            except Gone:
+                raise
+            except (IntegrityError, StorageError):
+                continue  # A hint that is damaged or gone; the trailers tell as well.
+        return True
+
+    def _completed(self, kind: int) -> bool:
+        """Take in what packs hold that no segment names."""
+        if kind in self._complete:
+            return False
+        self._complete.add(kind)
+        indexed = {self._names.name(number) for number in range(self._names.reserve())}
+        for name in self._repository.pack_names(kind):
+            if name not in indexed:
+                records = list(records_of(self._repository, name, kind))
+                self._known.add_pack(self._names.intern(name), records)
+        return True
+
+
+def records_of(repository: PackAccess, name: bytes, kind: int) -> Iterator[tuple[int, bytes, int, int]]:
+    """(kind, id, offset, length) of a pack's records; none where it is gone or its frame is damaged."""
+    try:
+        fd = repository.storage.open(pack_object(kind, name))
+    except NotFound:
+        return
+    try:
+        yield from _native.pack_records(fd, name, repository.id)
+    except (_native.DamagedError, OSError):
+        return
+    finally:
+        os.close(fd)

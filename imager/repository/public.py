@@ -1,0 +1,227 @@
+"""What can be read of a block map without a key: which packs, pages and blocks it refers to.
+
+Invariant: a page counts only if its record is the one that its pack's name
+binds (name, trailer, digest of the payload), has the id that its parent (or the
+signed manifest) names, and keeps to every bound of the format. Where it does not
+lie at its place, it is looked for by its id: location is a hint, id is the truth.
+Memory grows with the number of pages that are walked, not with that of blocks.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections import OrderedDict
+from collections.abc import Callable, Container, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from imager import _native
+from imager.errors import IntegrityError
+from imager.repository.format import FOOTER, KIND_MAP, MAX_PACK, RECORD_HEAD, TRAILER_ENTRY
+from imager.repository.manifest import Root
+from imager.repository.repository import Repository
+from imager.storage.errors import Gone, StorageError
+
+_HEAD = struct.Struct("<4sBBHII32s12sI")
+_PAGE_HEAD = struct.Struct("<BBHHH")
+_TARGET = struct.Struct("<HII32s")
+_PAGE, _MOST = 2, 512
+_SELF = bytes(32)
+_KEPT_FRAMES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a record is said to lie. `pack`: its name."""
+
+    pack: bytes
+    offset: int
+    length: int
+    id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PublicPage:
+    """The public part of a page: on level 0 its targets are blocks, above they are pages."""
+
+    level: int
+    packs: tuple[bytes, ...]
+    targets: tuple[Place, ...]
+
+
+def parse_page(record: bytes, place: Place) -> PublicPage:
+    """The public part of a page's record. Raises `IntegrityError`."""
+    if len(record) < RECORD_HEAD + 4 + _PAGE_HEAD.size:
+        raise IntegrityError("its record is cut short")
+    magic, kind, codec, _, _, payload, identity, _, check = _HEAD.unpack_from(record)
+    if magic != b"IREC" or check != _native.xxh3(record[:60]) & 0xFFFFFFFF:
+        raise IntegrityError("its record has a damaged head")
+    if kind != _PAGE or codec != 0 or identity != place.id or payload + RECORD_HEAD != len(record):
+        raise IntegrityError("another record lies in its place")
+    public = int.from_bytes(record[RECORD_HEAD : RECORD_HEAD + 4], "little")
+    if not _PAGE_HEAD.size <= public <= len(record) - RECORD_HEAD - 4:
+        raise IntegrityError("its public part has an impossible length")
+    level, version, packs, targets, _ = _PAGE_HEAD.unpack_from(record, RECORD_HEAD + 4)
+    at = RECORD_HEAD + 4 + _PAGE_HEAD.size
+    if version != 1 or level > 7 or packs > _MOST or targets > _MOST:
+        raise IntegrityError("its public part is of another version, or out of bounds")
+    if public != _PAGE_HEAD.size + 32 * packs + _TARGET.size * targets:
+        raise IntegrityError("its public part has an impossible length")
+    names = tuple(record[at + 32 * n : at + 32 * n + 32] for n in range(packs))
+    names = tuple(place.pack if name == _SELF and level else name for name in names)
+    at += 32 * packs
+    found: list[Place] = []
+    for number, offset, length, target in _TARGET.iter_unpack(record[at : at + _TARGET.size * targets]):
+        if number >= packs or not RECORD_HEAD < length <= MAX_PACK:
+            raise IntegrityError("its public part names a place that cannot be")
+        found.append(Place(names[number], offset, length, target))
+    return PublicPage(level, names, tuple(found))
+
+
+class PublicReader:
+    """Reads public parts of pages of one repository, by place or, where that fails, by id."""
+
+    def __init__(self, repository: Repository) -> None:
+        self.repository = repository
+        self._frames: OrderedDict[bytes, dict[int, bytes]] = OrderedDict()
+
+    def page(self, place: Place) -> tuple[Place, PublicPage]:
+        """A page, and where it was found. Raises `IntegrityError`; `Gone`, `StorageError` of the storage."""
+        try:
+            return place, self._at(place)
+        except IntegrityError:
+            other = self._find(place.id)
+            if other is None or other == place:
+                raise
+            return other, self._at(other)
+
+    def _at(self, place: Place) -> PublicPage:
+        number = self.repository.names.intern(place.pack)
+        digest = self._digests(place.pack, number).get(place.offset)
+        if digest is None:
+            raise IntegrityError("no record begins in its place")
+        record = self.repository.read_page(number, place.offset, place.length)
+        if _native.blake3(record[RECORD_HEAD:]) != digest:
+            raise IntegrityError("its record is damaged")
+        return parse_page(record, place)
+
+    def _digests(self, pack: bytes, number: int) -> dict[int, bytes]:
+        """Digest of each record's payload, by its offset, as the pack's name vouches for it."""
+        known = self._frames.get(pack)
+        if known is None:
+            fd, _ = self.repository.pack_reader(number, KIND_MAP)
+            try:
+                known = dict(_payload_digests(fd, pack, self.repository.id))
+            except _native.DamagedError as error:
+                raise IntegrityError(f"its pack is damaged: {error}") from error
+            except OSError as error:
+                raise StorageError(f"reading pack {pack.hex()} failed: {error.strerror}") from error
+            self._frames[pack] = known
+            if len(self._frames) > _KEPT_FRAMES:
+                self._frames.popitem(last=False)
+        return known
+
+    def _find(self, identity: bytes) -> Place | None:
+        """The place of a page whose record is not where it should be."""
+        place = self.repository.locator.find(identity, KIND_MAP)
+        name = self.repository.names.name(place[0]) if place else None
+        return Place(name, place[1], place[2], identity) if place and name is not None else None
+
+
+def _payload_digests(fd: int, name: bytes, repository: bytes) -> Iterator[tuple[int, bytes]]:
+    """(offset, digest of the payload) of each record. Raises `DamagedError`, OSError."""
+    records = _native.pack_records(
+        fd, name, repository
+    )  # This checks header, trailer and footer by the name.
+    size = len(records) * TRAILER_ENTRY
+    trailer = os.pread(fd, size, os.fstat(fd).st_size - FOOTER - size)
+    for at, (_, _, offset, _) in enumerate(records):
+        yield offset, trailer[at * TRAILER_ENTRY + RECORD_HEAD : (at + 1) * TRAILER_ENTRY]
+
+
+@dataclass(slots=True)
+class Reach:
+    """What some sets refer to.
+
+    `lost`: pages that cannot be had, and why; what is below them is not known. `astray`: pages that
+    were had, but not from a pack that is listed.
+    """
+
+    maps: set[bytes] = field(default_factory=set)
+    data: set[bytes] = field(default_factory=set)
+    pages: int = 0
+    lost: list[tuple[Place, str]] = field(default_factory=list)
+    astray: list[Place] = field(default_factory=list)
+
+
+OnLeaf = Callable[[PublicPage], None]
+
+
+def root_place(root: Root) -> Place:
+    """Where a manifest says that a map's root lies."""
+    return Place(bytes.fromhex(root.pack), root.offset, root.length, bytes.fromhex(root.id))
+
+
+def walk(
+    reader: PublicReader,
+    roots: Iterable[Root | None],
+    seen: set[bytes],
+    on_leaf: OnLeaf | None = None,
+    *,
+    listed: Container[bytes] | None = None,
+) -> Reach:
+    """Visit every page below some roots, but none whose id is in `seen`, and remember them there.
+
+    `on_leaf` is called with each page of level 0; `listed`: names of the map packs that count for `astray`.
+    Raises `StorageError` where the storage is gone.
+    """
+    found = Reach()
+    stack = [(root_place(root), root.level) for root in roots if root is not None]
+    while stack:
+        place, level = stack.pop()
+        if place.id in seen:
+            continue
+        seen.add(place.id)
+        try:
+            at, page = reader.page(place)
+            if page.level != level:
+                raise IntegrityError("it is a page of another level")
+        except Gone:
+            raise
+        except (IntegrityError, StorageError) as error:
+            found.lost.append((place, error.message))
+            continue
+        found.pages += 1
+        found.maps.add(at.pack)
+        if listed is not None and at.pack not in listed:
+            found.astray.append(at)
+        if level:
+            stack += [(target, level - 1) for target in reversed(page.targets) if target.id not in seen]
+        else:
+            found.data.update(page.packs)
+            if on_leaf is not None:
+                on_leaf(page)
+    return found
+
+
+def upper_ids(reader: PublicReader, roots: Iterable[Root | None]) -> set[bytes]:
+    """Ids of all pages below some roots, without reading those of level 0.
+
+    What lies below a page that cannot be read is left out. Raises `StorageError` where the storage is gone.
+    """
+    ids: set[bytes] = set()
+    stack = [(root_place(root), root.level) for root in roots if root is not None]
+    while stack:
+        place, level = stack.pop()
+        if place.id in ids:
+            continue
+        if level:
+            try:
+                _, page = reader.page(place)
+            except Gone:
+                raise
+            except (IntegrityError, StorageError):
+                continue
+            stack += [(target, level - 1) for target in page.targets]
+        ids.add(place.id)
+    return ids

@@ -1,0 +1,79 @@
+"""The small objects that a copy needs besides packs and sets: keys, marks, tombstones, announcements.
+
+Invariant: nothing is copied that explains away what the copy still has, nor
+anything whose signature or form is not this repository's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from imager.repository import keys, manifest, tombstones
+from imager.repository.format import EPOCHS, FORGOTTEN, SESSIONS, SETS, SLOTS, is_id
+from imager.repository.manifest import MAX_MANIFEST
+from imager.repository.repository import Repository
+
+if TYPE_CHECKING:
+    from imager.repository.sync_plan import Planning, Wishes
+
+
+def not_forgotten(planning: Planning, new: list[str], wishes: Wishes) -> tuple[list[str], list[str]]:
+    """The new sets without those that were forgotten in the target on purpose, and a note of them."""
+    if planning.creates or wishes.sets:
+        return new, []
+    forgotten = {name.removeprefix(FORGOTTEN) for name in planning.target.list_names(FORGOTTEN)}
+    kept = [set_id for set_id in new if set_id not in forgotten]
+    if len(kept) == len(new):
+        return new, []
+    number = len(new) - len(kept)
+    return kept, [f"{number} sets were forgotten in the copy and stay so; --set ID copies one all the same"]
+
+
+def lacking(planning: Planning, new: Sequence[str], present: Sequence[str]) -> tuple[list[str], set[str]]:
+    """Slots, epochs, abort marks, tombstones and announcements that the target lacks; ids with tombstones."""
+    source, target = planning.source, planning.target
+    found: list[str] = []
+    for prefix in (SLOTS, EPOCHS):
+        there = set() if planning.creates else set(target.list_names(prefix))
+        found += sorted(set(source.storage.list_names(prefix)) - there)
+    marks = {name.removeprefix(SETS) for name in source.storage.list_names(SETS)} - set(planning.publics)
+    for set_id in sorted(one for one in marks - planning.target_sets if is_id(one)):
+        if manifest.is_abort_mark(source.storage.read(SETS + set_id, 0, MAX_MANIFEST + 1)):
+            found.append(SETS + set_id)
+    there = set() if planning.creates else set(target.list_names(SESSIONS))
+    announced = set(source.storage.list_names(SESSIONS))
+    found += [SESSIONS + one for one in (*new, *present) if SESSIONS + one in announced - there]
+    # A tombstone explains a gap; what the copy still has is not forgotten there.
+    there = set() if planning.creates else set(target.list_names(FORGOTTEN))
+    tombs = {name for name in source.storage.list_names(FORGOTTEN) if is_id(name.removeprefix(FORGOTTEN))}
+    kept = {FORGOTTEN + one for one in (*new, *planning.target_sets)}
+    found += sorted(tombs - there - kept)
+    return found, {name.removeprefix(FORGOTTEN) for name in (tombs - kept) | there}
+
+
+def notes(planning: Planning) -> Iterable[str]:
+    if planning.creates:
+        return
+    slots = set(planning.target.list_names(SLOTS)) - set(planning.source.storage.list_names(SLOTS))
+    if slots:
+        yield (
+            f"{len(slots)} key slots of the copy are gone in the source: who has their secret "
+            "can still open the copy; remove them there, too"
+        )
+    foreign = planning.target_sets - {
+        name.removeprefix(SETS) for name in planning.source.storage.list_names(SETS)
+    }
+    if foreign:
+        yield f"{len(foreign)} sets of the copy are gone in the source; they stay"
+
+
+def verify_small(source: Repository, name: str, raw: bytes) -> None:
+    """Check a slot, an epoch or a tombstone before it is copied. Raises `IntegrityError`."""
+    own = name.rpartition("/")[2]
+    if name.startswith(SLOTS):
+        keys.parse_slot(raw, own, source.id)
+    elif name.startswith(EPOCHS):
+        keys.parse_epoch(raw, own, source.id, bytes.fromhex(source.config.verify_key))
+    elif name.startswith(FORGOTTEN):
+        tombstones.read_tombstone(source, own)

@@ -1,0 +1,282 @@
+"""The protocol of docs/design/locking.md, one storage call a step, in a store of a few dictionaries.
+
+An agent is a generator: between two `yield`s it makes exactly one call of the
+storage, so that whoever resumes agents decides how their calls interleave. An
+agent that is never resumed was killed, one that is resumed last slept for days.
+`Flaws` breaks a rule on purpose, to prove that the search notices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+
+Refs = tuple[tuple[str, str], ...]
+"What a set refers to: (block id, pack in which its map says that the block lies)."
+ABORT: Refs = (("abort", ""),)
+Agent = Generator[None, None, None]
+
+
+@dataclass(frozen=True, slots=True)
+class Flaws:
+    """Rules to break."""
+
+    overwriting: bool = False
+    "A commit replaces an abort mark instead of losing to it."
+    ignoring: bool = False
+    "A writer treats condemned packs as present."
+    late: bool = False
+    "A writer looks around before it has announced itself."
+    impatient: bool = False
+    "A prune sweeps while older sessions have no outcome."
+    blind: bool = False
+    "A prune does not look for new condemnations, nor mark again, before it sweeps."
+    trusting: bool = False
+    "A prune takes a condemned pack for a safe place of a record."
+    stale: bool = False
+    "A prune does not look whether the packs that it relies on are still there."
+    hasty: bool = False
+    "A prune deletes before the index knows where the records went."
+    reusing: bool = False
+    "Condemnations are withdrawn while some of their packs are still there."
+
+
+@dataclass(slots=True)
+class Store:
+    """What is durable."""
+
+    flaws: Flaws = Flaws()
+    sessions: dict[str, frozenset[str]] = field(default_factory=dict)
+    "session -> condemnations that it saw before it announced itself"
+    sets: dict[str, Refs] = field(default_factory=dict)
+    "session -> manifest or abort mark"
+    packs: dict[str, frozenset[str]] = field(default_factory=dict)
+    "pack -> block ids; the part of its name before the dot is the session of its writer"
+    index: frozenset[tuple[str, str]] = frozenset()
+    condemned: dict[str, frozenset[str]] = field(default_factory=dict)
+    deletes: int = 0
+    "Packs that were deleted."
+
+    def manifests(self) -> dict[str, Refs]:
+        """The sets that exist."""
+        return {name: refs for name, refs in self.sets.items() if refs != ABORT}
+
+    def harm(self) -> str | None:
+        """A block of a set that nobody can find any more."""
+        for name, refs in self.manifests().items():
+            for block, hint in refs:
+                places = {hint} | {pack for known, pack in self.index if known == block}
+                if not any(block in self.packs.get(pack, ()) for pack in places):
+                    return f"block {block} of set {name} is lost"
+        return None
+
+
+def writer(store: Store, me: str, blocks: str) -> Agent:
+    """A backup of these blocks, on top of some set that is there when it plans."""
+    yield
+    base = dict(next(iter(sorted(store.manifests().items(), reverse=True)), ("", ()))[1])
+    yield
+    seen = frozenset(store.condemned)
+    if not store.flaws.late:
+        yield
+        store.sessions[me] = seen
+    yield
+    bad = frozenset[str]().union(*store.condemned.values()) if not store.flaws.ignoring else frozenset()
+    yield
+    present = frozenset(store.packs) - bad
+    yield
+    index = dict(sorted(pair for pair in store.index if pair[1] in present))
+    if store.flaws.late:
+        yield
+        store.sessions[me] = seen
+    refs = {block: base[block] for block in blocks if base.get(block) in present}
+    refs |= {block: index[block] for block in blocks if block not in refs and block in index}
+    new = frozenset(blocks) - frozenset(refs)
+    if new:
+        pack = f"{me}.0"
+        yield
+        store.packs[pack] = new
+        yield
+        store.index |= {(block, pack) for block in new}
+        refs |= dict.fromkeys(new, pack)
+    yield
+    if me not in store.sets or store.flaws.overwriting:
+        store.sets[me] = tuple(sorted(refs.items()))
+
+
+def forgetter(store: Store, name: str) -> Agent:
+    """Forget a set: the announcement goes first, so that no session without an outcome is left."""
+    yield
+    if name in store.manifests():
+        yield
+        store.sessions.pop(name, None)
+        yield
+        store.sets.pop(name, None)
+
+
+def fencer(store: Store) -> Agent:
+    """Declare every session dead that has no outcome, whether it lives or not."""
+    yield
+    for session in sorted(store.sessions):
+        yield
+        store.sets.setdefault(session, ABORT)
+
+
+@dataclass(slots=True)
+class _View:
+    condemned: dict[str, frozenset[str]]
+    packs: dict[str, frozenset[str]]
+    sessions: frozenset[str]
+    sets: dict[str, Refs]
+    index: frozenset[tuple[str, str]]
+
+    def bad(self) -> frozenset[str]:
+        return frozenset[str]().union(*self.condemned.values())
+
+
+class _Prune:
+    """One run of prune, as `imager/repository/prune.py` does it."""
+
+    def __init__(self, store: Store, me: str) -> None:
+        self.store = store
+        self.me = me
+        self.made = 0
+        self.own: set[str] = set()
+        self.copied: set[tuple[str, str]] = set()
+        "(pack, block): moved out of that pack by this run."
+        self.marks: dict[str, set[str]] = {}
+        self.unknown = False
+
+    def run(self) -> Agent:
+        store = self.store
+        yield
+        seen = frozenset(store.condemned)
+        yield
+        store.sessions[self.me] = seen
+        for _ in range(3):
+            view = yield from self.look()
+            self.mark(view)
+            if not self.unknown:
+                break
+        else:
+            return
+        yield from self.condemn(view)
+        yield from self.sweep(view)
+        yield
+        store.sessions.pop(self.me, None)
+
+    def look(self) -> Generator[None, None, _View]:
+        store = self.store
+        yield
+        condemned = dict(store.condemned)
+        yield
+        packs = dict(store.packs)
+        yield
+        sessions = frozenset(store.sessions)
+        yield
+        sets = dict(store.sets)
+        yield
+        return _View(condemned, packs, sessions, sets, store.index)
+
+    def mark(self, view: _View) -> None:
+        """Where every live block lies: a safe place, or, where there is none, a condemned one."""
+        self.marks = {}
+        self.unknown = False
+        bad = frozenset() if self.store.flaws.trusting else view.bad()
+        for refs in view.sets.values():
+            if refs != ABORT:
+                self.mark_set(refs, view, bad)
+
+    def mark_set(self, refs: Refs, view: _View, bad: frozenset[str]) -> None:
+        for block, hint in refs:
+            known = sorted({hint} | {pack for one, pack in view.index if one == block})
+            held = [pack for pack in [hint, *known] if block in view.packs.get(pack, ())]
+            held += [pack for pack in sorted(bad) if block in view.packs.get(pack, ())]
+            safe = [pack for pack in held if pack not in bad]
+            if not held:
+                self.unknown = True  # Made, or moved, since the packs were listed: look again.
+                continue
+            self.marks.setdefault((safe or held)[0], set()).add(block)
+
+    def copy(self, pack: str, blocks: set[str]) -> Agent:
+        new = f"{self.me}.{self.made}"
+        self.made += 1
+        yield
+        # What is copied was read before; a pack that is gone by now gives nothing.
+        found = frozenset(blocks) & self.store.packs.get(pack, frozenset())
+        if not found:
+            return
+        self.store.packs[new] = found
+        if not self.store.flaws.hasty:
+            yield
+            self.store.index |= {(block, new) for block in found}
+        self.own.add(new)
+        self.copied |= {(pack, block) for block in found}
+
+    def condemn(self, view: _View) -> Agent:
+        chosen: set[str] = set()
+        for pack, blocks in sorted(view.packs.items()):
+            session = pack.split(".")[0]
+            if pack in view.bad() or (session in view.sessions and session not in view.sets):
+                continue  # condemned already, or its writer may still be at work
+            live = self.marks.get(pack, set())
+            if live == blocks:
+                continue
+            if live:
+                yield from self.copy(pack, live)
+            if all((pack, block) in self.copied for block in live):
+                chosen.add(pack)
+        if chosen:
+            yield
+            self.store.condemned[f"x{self.me}"] = frozenset(chosen)
+            view.condemned[f"x{self.me}"] = frozenset(chosen)
+
+    def sweep(self, view: _View) -> Agent:
+        store = self.store
+        for _ in range(3):
+            yield
+            condemned = dict(store.condemned)
+            yield
+            packs_now = frozenset(store.packs)  # after the condemned: what is missing in both was swept
+            yield
+            sessions = dict(store.sessions)
+            yield
+            sets = dict(store.sets)
+            vanished = not store.flaws.stale and self.marks.keys() - packs_now
+            grown = condemned.keys() - view.condemned.keys() or sets.keys() - view.sets.keys()
+            if not (grown or vanished) or store.flaws.blind:
+                break
+            view = yield from self.look()
+            self.mark(view)
+            if self.unknown:
+                return
+        else:
+            return  # Too much goes on: the next prune sweeps.
+        waiting = {name: seen for name, seen in sessions.items() if name not in sets and name != self.me}
+        for name, packs in sorted(condemned.items()):
+            if any(name not in seen for seen in waiting.values()) and not store.flaws.impatient:
+                continue
+            left = False
+            for pack in sorted(packs):
+                stranded = {b for b in self.marks.get(pack, ()) if (pack, b) not in self.copied}
+                if stranded:
+                    yield from self.copy(pack, stranded)
+                if any((pack, block) not in self.copied for block in stranded):
+                    left = True
+                    continue
+                if store.flaws.reusing:
+                    yield
+                    store.condemned.pop(name, None)
+                yield
+                store.deletes += store.packs.pop(pack, None) is not None
+            if not left:
+                yield
+                store.condemned.pop(name, None)
+
+
+def pruner(store: Store, me: str) -> Agent:
+    """One run of prune."""
+    return _Prune(store, me).run()
+
+
+Make = Callable[[Store], Agent]

@@ -1,0 +1,253 @@
+"""Processes that run `imager`, one storage call at a time, in an order that a seed decides.
+
+Each command is a forked process. Its storage asks before every call and tells when the call is done, so
+that the director knows what everybody is about to do, and lets one of them go on: calls of
+different processes interleave as the seed says and not as the machine's load has it. A process
+is killed (SIGKILL) before, within or after a call; one that is seldom chosen sleeps for what is
+days to the others. (Threads within a process may still order its calls otherwise the next time.)
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import random
+import select
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import imager.cli.main
+import imager.engine.backup
+import imager.engine.fetching
+import imager.engine.restore
+import imager.engine.verify
+import imager.repository.check
+import imager.repository.forgetting
+from imager.cli.main import VERBS
+from imager.storage.base import Staged, Storage
+
+for _verb in VERBS:  # Once here, and not in each of hundreds of processes.
+    importlib.import_module(f"imager.cli.verbs.{_verb}")
+
+_CALLS = (
+    "read", "open", "size", "exists", "create", "stage", "list_names", "list", "move", "delete", "sweep",
+)  # fmt: skip
+_PATIENCE = 5.0
+"Seconds that the director waits for a process that computes."
+
+
+class _Channel:
+    """A process's side: one call at a time, each when it may."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._end = end
+        self._lock = threading.Lock()
+
+    def step(self, call: Callable[[], Any]) -> Any:
+        with self._lock:
+            self._end.sendall(b"c")
+            if not self._end.recv(1):
+                os._exit(96)  # The director is gone.
+            try:
+                return call()
+            finally:
+                self._end.sendall(b"d")
+
+
+class _SteppingStaged:
+    def __init__(self, inner: Staged, channel: _Channel) -> None:
+        self._inner = inner
+        self._channel = channel
+
+    @property
+    def fd(self) -> int:
+        return self._inner.fd
+
+    def publish(self, name: str) -> None:
+        self._channel.step(lambda: self._inner.publish(name))
+
+    def discard(self) -> None:
+        self._inner.discard()
+
+
+class SteppingStorage:
+    """A storage each of whose calls waits until it may be made."""
+
+    def __init__(self, inner: Storage, channel: _Channel) -> None:
+        self._inner = inner
+        self._channel = channel
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._inner, name)
+        if name not in _CALLS:
+            return value
+
+        def call(*arguments: Any, **more: Any) -> Any:
+            if name == "stage":
+                return _SteppingStaged(self._channel.step(value), self._channel)
+            if name == "list":
+                return self._channel.step(lambda: list(value(*arguments, **more)))
+            return self._channel.step(lambda: value(*arguments, **more))
+
+        return call
+
+
+@dataclass(slots=True)
+class Actor:
+    """A command that runs."""
+
+    number: int
+    arguments: list[str]
+    pid: int
+    end: socket.socket
+    out: Path
+    weight: float
+    kill_at: int | None
+    "It is killed at this call."
+    how: str
+    "before, within or after"
+    calls: int = 0
+    pending: bool = False
+    code: int | None = None
+    then: Callable[[Actor], None] = field(default=lambda actor: None)
+
+    @property
+    def killed(self) -> bool:
+        return self.code == -signal.SIGKILL
+
+
+class Director:
+    """Starts processes and says who goes on."""
+
+    def __init__(self, chance: random.Random, folder: Path) -> None:
+        self._chance = chance
+        self._folder = folder
+        self.actors: list[Actor] = []
+        self._number = 0
+        self.log: list[str] = []
+
+    def start(
+        self,
+        arguments: list[str],
+        *,
+        then: Callable[[Actor], None],
+        kill_at: int | None = None,
+        how: str = "before",
+        weight: float = 1.0,
+    ) -> Actor:
+        """Run a command; `then` is called when it has ended."""
+        self._number += 1
+        mine, its = socket.socketpair()
+        out = self._folder / f"out{self._number}"
+        pid = os.fork()
+        if not pid:
+            mine.close()
+            for other in self.actors:
+                other.end.close()
+            _run(arguments, its, out)
+        its.close()
+        actor = Actor(self._number, arguments, pid, mine, out, weight, kill_at, how, then=then)
+        self.actors.append(actor)
+        self.log.append(f"{actor.number}: imager {' '.join(arguments)}")
+        return actor
+
+    def turn(self) -> bool:
+        """Let one process make one call; False where none runs."""
+        self._gather()
+        ready = [actor for actor in self.actors if actor.pending]
+        if not ready:
+            return bool(self.actors)
+        actor = self._chance.choices(ready, [one.weight for one in ready])[0]
+        actor.calls += 1
+        fatal = actor.kill_at == actor.calls
+        if fatal and actor.how == "before":
+            self._kill(actor)
+            return True
+        actor.pending = False
+        actor.end.sendall(b"g")
+        if fatal and actor.how == "within":
+            self._kill(actor)
+            return True
+        if self._receive(actor) and fatal:
+            self._kill(actor)
+        return True
+
+    def drain(self) -> None:
+        """Let all end; nobody is killed any more."""
+        for actor in self.actors:
+            actor.kill_at = None
+        while self.turn():
+            pass
+
+    def _gather(self) -> None:
+        """Wait until every process wants to make a call, or has ended."""
+        while busy := [actor for actor in self.actors if not actor.pending]:
+            readable, _, _ = select.select([actor.end for actor in busy], [], [], _PATIENCE)
+            if not readable:
+                return
+            for actor in busy:
+                if actor.end in readable:
+                    self._receive(actor)
+
+    def _receive(self, actor: Actor) -> bool:
+        """What a process says next; False where it has ended."""
+        try:
+            word = actor.end.recv(1)
+        except ConnectionError:
+            word = b""
+        if word == b"c":
+            actor.pending = True
+        if word:
+            return True
+        self._end(actor)
+        return False
+
+    def _kill(self, actor: Actor) -> None:
+        self.log.append(f"{actor.number}: killed {actor.how} call {actor.calls}")
+        os.kill(actor.pid, signal.SIGKILL)
+        self._end(actor)
+
+    def _end(self, actor: Actor) -> None:
+        actor.code = os.waitstatus_to_exitcode(os.waitpid(actor.pid, 0)[1])
+        actor.end.close()
+        self.actors.remove(actor)
+        self.log.append(f"{actor.number}: ended with {actor.code} after {actor.calls} calls")
+        actor.then(actor)
+
+    def stop(self) -> None:
+        """Kill what still runs."""
+        for actor in list(self.actors):
+            actor.then = lambda actor: None
+            self._kill(actor)
+
+
+def _run(arguments: list[str], end: socket.socket, out: Path) -> None:
+    """The child: the command as the console script runs it, on a storage that asks before each call."""
+    try:
+        import imager.storage.open as opening
+        from imager.cli import main
+
+        channel = _Channel(end)
+        usual = opening.open_storage
+        opening.open_storage = lambda place: SteppingStorage(usual(place), channel)  # type: ignore[assignment, arg-type, return-value]
+        quiet = os.open(os.devnull, os.O_RDONLY)
+        written = os.open(out, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+        os.dup2(quiet, 0)
+        os.dup2(written, 1)
+        os.dup2(written, 2)
+        code = main.run(arguments)
+        import sys
+
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        os._exit(98)
