@@ -20,6 +20,7 @@ from imager.repository.damage import hurt_by_pack
 from imager.repository.findings import Hurt, Problem, Survey
 from imager.repository.format import DAMAGED, INDEX, KIND_DATA, KIND_MAP, PACKS, pack_object
 from imager.repository.repository import Repository
+from imager.repository.segments import segment_names
 from imager.storage.errors import NotFound
 from imager.units import parse_size
 
@@ -156,7 +157,7 @@ def _read_packs(found: Survey, chosen: list[str], threads: int) -> None:
 def _compare_index(found: Survey, fd: int, number: int, name: bytes) -> None:
     """Tell of blocks that an image set uses and no index segment knows: a segment got lost."""
     records = _native.pack_records(fd, name, found.repository.id)
-    unknown = sum(1 for _, identity, _, _ in records if found.known.find(identity) is None)
+    unknown = len(records) - found.known.count(b"".join(identity for _, identity, _, _ in records))
     if unknown:
         found.problems.append(
             Problem(
@@ -173,7 +174,7 @@ def _read_index(found: Survey) -> None:
     import blake3
 
     repository = found.repository
-    for name in index.segment_names(repository):
+    for name in segment_names(repository.storage):
         digest = blake3.blake3(b"imager index v1")
         try:
             fd = repository.storage.open(name)

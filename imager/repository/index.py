@@ -11,32 +11,53 @@ import os
 from imager import _native
 from imager.errors import IntegrityError
 from imager.events import Reporter
-from imager.repository.format import INDEX, KIND_DATA, is_pack_name, pack_object
+from imager.repository import merging
+from imager.repository.format import INDEX, KIND_DATA, pack_object
 from imager.repository.repository import Repository
+from imager.repository.segments import SegmentCache, cache_of, segment_name, segment_names
 from imager.repository.session import Session
-from imager.storage.errors import Gone, NotFound, StorageError
+from imager.storage.base import Storage
+from imager.storage.errors import AlreadyExists, Gone, NotFound, StorageError
 
-SEGMENT_ENTRIES = 1 << 20
-"Write a segment once this many entries are pending: 32 MiB of them."
-
-
-def segment_names(repository: Repository) -> list[str]:
-    """Object names of all index segments. Raises `StorageError`."""
-    return [name for name in repository.storage.list_names(INDEX) if is_pack_name(name.removeprefix(INDEX))]
+SEGMENT_ENTRIES = 1 << 18
+"Write a segment once this many entries are pending: 8 MiB of them, in about 40 MiB of memory."
+_LISTINGS = 8
 
 
 def load(repository: Repository, reporter: Reporter | None = None) -> _native.Known:
-    """All that the segments know, mapped into memory. Damaged segments are left out with a warning.
+    """All that the segments know, to be searched where it lies. Damaged ones are left out with a warning.
 
+    A segment that is gone when it is to be opened was merged into another: they are listed again.
     Call `Repository.packs_present` before a writer looks anything up: an
     entry counts only if its pack is there. Raises `StorageError`.
     """
     known = _native.Known(repository.names)
-    for name in segment_names(repository):
+    cache = cache_of(repository.storage, repository.id)
+    seen: set[str] = set()
+    for _ in range(_LISTINGS):
+        names = segment_names(repository.storage)
+        if not _load_all(repository, known, [name for name in names if name not in seen], cache, reporter):
+            if cache is not None:
+                cache.keep_only(names)
+            break
+        seen.update(names)
+    return known
+
+
+def _load_all(
+    repository: Repository,
+    known: _native.Known,
+    names: list[str],
+    cache: SegmentCache | None,
+    reporter: Reporter | None,
+) -> bool:
+    """Load these segments; whether one of them was gone."""
+    gone = False
+    for name in names:
         try:
-            load_one(repository, known, name)
+            load_one(repository, known, name, cache)
         except NotFound:
-            continue  # deleted since it was listed
+            gone = True
         except Gone:
             raise
         except (IntegrityError, StorageError) as error:
@@ -45,17 +66,27 @@ def load(repository: Repository, reporter: Reporter | None = None) -> _native.Kn
                     error.message,
                     hint="nothing is lost, but blocks may be stored twice; imager check --repair mends it",
                 )
-    return known
+    return gone
 
 
-def load_one(repository: Repository, known: _native.Known, name: str) -> int:
-    """Map one segment into memory; its number of entries.
+def load_one(
+    repository: Repository, known: _native.Known, name: str, cache: SegmentCache | None = None
+) -> int:
+    """Search one more segment; its number of entries. `cache`: where it may be kept on this machine.
 
     Raises `IntegrityError`, `NotFound`, `StorageError`.
     """
-    fd = repository.storage.open(name)
+    if cache is not None and (fd := cache.get(name)) is not None:
+        try:
+            return known.load(fd, repository.id, bytes.fromhex(name.removeprefix(INDEX)))
+        except (_native.DamagedError, OSError):
+            cache.drop(name)  # Whatever became of it: the storage has it.
+        finally:
+            os.close(fd)
+    storage = repository.storage
+    fd = cache.fetch(storage, name) if cache is not None else storage.open(name)
     try:
-        return known.load(fd, repository.id)
+        return known.load(fd, repository.id, bytes.fromhex(name.removeprefix(INDEX)))
     except _native.DamagedError as error:
         raise IntegrityError(f"index segment {name.removeprefix(INDEX)} is damaged: {error}") from error
     except OSError as error:
@@ -66,28 +97,39 @@ def load_one(repository: Repository, known: _native.Known, name: str) -> int:
         os.close(fd)
 
 
-def segment_name(data: bytes) -> str:
-    """Object name of an index segment."""
-    return INDEX + _native.blake3(b"imager index v1" + data).hex()
-
-
-def write_segment(session: Session, known: _native.Known, *, reload: bool = False) -> str | None:
+def write_segment(
+    session: Session, known: _native.Known, reporter: Reporter | None = None, *, reload: bool = False
+) -> str | None:
     """Hand the pending entries to the session as a segment: its object name, None where nothing is pending.
 
     `reload` frees their memory: it waits until the segment is durable, and
-    searches that instead. Every pack that is named must have been sealed.
-    Raises `StorageError`.
+    searches that instead; and it merges what a long run has written, if that is due, `reporter` being told
+    what goes wrong with that. Every pack that is named must have been sealed. Raises `StorageError`.
     """
-    data = known.segment(session.repository.id)
+    repository = session.repository
+    data = known.segment(repository.id)
     if data is None:
         return None
     name = segment_name(data)
     session.create(name, data)
+    del data
     if reload:
         session.drain()
-        load_one(session.repository, known, name)
+        load_one(repository, known, name, cache_of(repository.storage, repository.id))
         known.forget()
+        if reporter is not None:
+            merging.tend(repository, known, reporter, stored=session.stored)
     return name
+
+
+def _put(storage: Storage, name: str, data: bytes) -> None:
+    """Create a segment; one of the same name is kept if it is what its name says. Raises `StorageError`."""
+    try:
+        storage.create(name, data)
+    except AlreadyExists:
+        if storage.read(name) != data:
+            storage.delete(name)
+            storage.create(name, data)
 
 
 def rebuild(repository: Repository, reporter: Reporter) -> tuple[list[str], list[str]]:
@@ -97,7 +139,7 @@ def rebuild(repository: Repository, reporter: Reporter) -> tuple[list[str], list
     runs meanwhile keeps its own new segments. Raises `StorageError`.
     """
     storage = repository.storage
-    old = segment_names(repository)
+    old = segment_names(storage)
     known = _native.Known(repository.names)
     made: list[str] = []
 
@@ -105,8 +147,7 @@ def rebuild(repository: Repository, reporter: Reporter) -> tuple[list[str], list
         data = known.segment(repository.id)
         if data is not None:
             name = segment_name(data)
-            if name not in old and not storage.exists(name):
-                storage.create(name, data)
+            _put(storage, name, data)
             made.append(name)
             known.forget()
 

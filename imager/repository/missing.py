@@ -30,11 +30,7 @@ def packs(repository: Repository) -> list[bytes]:
     for path in repository.storage.list_names(DAMAGED):
         if is_pack_name(path[-64:]):
             names.intern(bytes.fromhex(path[-64:]))
-    found: set[bytes] = set()
-    for number in range(names.reserve()):
-        if not names.is_present(number) and (name := names.name(number)) is not None:
-            found.add(name)
-    return sorted(found)
+    return names.absent()
 
 
 def note(repository: Repository, name: bytes) -> None:
