@@ -6,9 +6,11 @@
 //!
 //! A filter is a row of lines of one cache line each, and a key's line follows from its first
 //! bytes. So a builder that meets keys in order fills one line after the other, in no memory;
-//! and a look-up reads 64 bytes where they lie.
+//! and a look-up reads 64 bytes where they lie, or in memory once there were many look-ups and
+//! as long as there is room.
 
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicU8, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use crate::digest::xxh3;
 use crate::error::Result;
@@ -60,13 +62,13 @@ pub struct Builder {
     lines: u64,
     begun: u64,
     entries: u32,
-    page: [u8; PAGE],
+    page: Box<[u8; PAGE]>,
 }
 
 impl Builder {
     /// A filter for exactly `entries` keys.
     pub fn new(entries: u64) -> Self {
-        Self { lines: lines(entries), begun: 0, entries: 0, page: [0; PAGE] }
+        Self { lines: lines(entries), begun: 0, entries: 0, page: Box::new([0; PAGE]) }
     }
 
     fn line(&mut self, number: u64) -> &mut [u8] {
@@ -77,8 +79,8 @@ impl Builder {
     fn emit(&mut self, out: &mut Vec<u8>) {
         let check = xxh3(&self.page[8..]);
         self.page[..8].copy_from_slice(&check.to_le_bytes());
-        out.extend_from_slice(&self.page);
-        self.page = [0; PAGE];
+        out.extend_from_slice(&self.page[..]);
+        self.page.fill(0);
     }
 
     /// Begin every line before `end` that was not begun yet.
@@ -114,7 +116,7 @@ impl Builder {
 }
 
 /// What a filter says about a key.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Answer {
     /// It is not in the segment.
     Absent,
@@ -128,20 +130,61 @@ const UNSEEN: u8 = 0;
 const WHOLE: u8 = 1;
 const DAMAGED: u8 = 2;
 
-/// A segment's filter, read where it lies.
+/// How much memory filters may still take, for all segments that are searched together.
+#[derive(Debug)]
+pub struct Room(AtomicUsize);
+
+impl Room {
+    /// Room for so many bytes.
+    pub fn new(bytes: usize) -> Arc<Self> {
+        Arc::new(Self(AtomicUsize::new(bytes)))
+    }
+
+    fn take(self: &Arc<Self>, bytes: usize) -> Option<Taken> {
+        let less = |left: usize| left.checked_sub(bytes);
+        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).ok()?;
+        Some(Taken { room: self.clone(), bytes })
+    }
+}
+
+/// Room that was taken; it is given back on drop.
+#[derive(Debug)]
+struct Taken {
+    room: Arc<Room>,
+    bytes: usize,
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        self.room.0.fetch_add(self.bytes, Ordering::Relaxed);
+    }
+}
+
+/// A segment's filter.
 #[derive(Debug)]
 pub struct Filter {
     at: u64,
     lines: u64,
     /// Of each page, whether its checksum was right: it is computed once.
     pages: Box<[AtomicU8]>,
+    room: Arc<Room>,
+    looks: AtomicU64,
+    /// All of it, once it was worth it; None if there was no room.
+    held: OnceLock<Option<(Vec<u8>, Taken)>>,
 }
 
 impl Filter {
     /// The filter at byte `at` of a segment with `entries` entries; its bytes are `size(entries)`.
-    pub fn new(at: u64, entries: u64) -> Self {
+    pub fn new(at: u64, entries: u64, room: &Arc<Room>) -> Self {
         let pages = (size(entries) / PAGE as u64) as usize;
-        Self { at, lines: lines(entries), pages: (0..pages).map(|_| AtomicU8::new(UNSEEN)).collect() }
+        Self {
+            at,
+            lines: lines(entries),
+            pages: (0..pages).map(|_| AtomicU8::new(UNSEEN)).collect(),
+            room: room.clone(),
+            looks: AtomicU64::new(0),
+            held: OnceLock::new(),
+        }
     }
 
     /// How many of its pages turned out to be damaged.
@@ -152,28 +195,22 @@ impl Filter {
     /// What is known of `key`. `fd` is the segment.
     pub fn look(&self, fd: Fd, key: &Key) -> Answer {
         let (number, within) = line_of(key, self.lines);
-        let Some(state) = self.pages.get((number / LINES) as usize) else {
-            return Answer::Unusable;
-        };
-        let page_at = self.at + number / LINES * PAGE as u64;
-        let line_at = (number % LINES + 1) as usize * LINE;
+        let page = (number / LINES) as usize;
+        let in_page = (number % LINES + 1) as usize * LINE;
         let mut line = [0; LINE];
-        let seen = match state.load(Ordering::Relaxed) {
-            WHOLE => fd.read_exact_at(&mut line, page_at + line_at as u64).is_ok(),
-            DAMAGED => false,
-            _ => match whole_page(fd, page_at) {
-                Ok(Some(page)) => {
-                    state.store(WHOLE, Ordering::Relaxed);
-                    line.copy_from_slice(&page[line_at..line_at + LINE]);
-                    true
-                }
-                _ => {
-                    state.store(DAMAGED, Ordering::Relaxed);
-                    false
-                }
-            },
+        // Reading all of it pays after a look-up for each page; so small filters take the room first.
+        if self.looks.fetch_add(1, Ordering::Relaxed) == self.pages.len() as u64 {
+            self.held.get_or_init(|| self.hold(fd));
+        }
+        let known = match self.held.get() {
+            Some(Some((bytes, _))) if self.is_whole(page) => {
+                line.copy_from_slice(&bytes[page * PAGE + in_page..][..LINE]);
+                true
+            }
+            Some(Some(_)) => false,
+            _ => self.read(fd, page, in_page, &mut line),
         };
-        if !seen {
+        if !known {
             Answer::Unusable
         } else if bits_set(&line, key) {
             let rank = u64::from(u32::from_le_bytes([line[0], line[1], line[2], line[3]]));
@@ -181,6 +218,45 @@ impl Filter {
         } else {
             Answer::Absent
         }
+    }
+
+    fn is_whole(&self, page: usize) -> bool {
+        self.pages.get(page).is_some_and(|state| state.load(Ordering::Relaxed) == WHOLE)
+    }
+
+    /// Read a line where it lies; false where it cannot be had.
+    fn read(&self, fd: Fd, page: usize, in_page: usize, line: &mut [u8; LINE]) -> bool {
+        let Some(state) = self.pages.get(page) else {
+            return false;
+        };
+        let page_at = self.at + (page * PAGE) as u64;
+        match state.load(Ordering::Relaxed) {
+            WHOLE => fd.read_exact_at(line, page_at + in_page as u64).is_ok(),
+            DAMAGED => false,
+            _ => match whole_page(fd, page_at) {
+                Ok(Some(page)) => {
+                    state.store(WHOLE, Ordering::Relaxed);
+                    line.copy_from_slice(&page[in_page..in_page + LINE]);
+                    true
+                }
+                _ => {
+                    state.store(DAMAGED, Ordering::Relaxed);
+                    false
+                }
+            },
+        }
+    }
+
+    /// Read all of it into memory, if there is room.
+    fn hold(&self, fd: Fd) -> Option<(Vec<u8>, Taken)> {
+        let taken = self.room.take(self.pages.len() * PAGE)?;
+        let mut bytes = vec![0; self.pages.len() * PAGE];
+        fd.read_exact_at(&mut bytes, self.at).ok()?;
+        for (page, state) in bytes.as_chunks::<PAGE>().0.iter().zip(&self.pages) {
+            let whole = page[..8] == xxh3(&page[8..]).to_le_bytes();
+            state.store(if whole { WHOLE } else { DAMAGED }, Ordering::Relaxed);
+        }
+        Some((bytes, taken))
     }
 }
 
@@ -222,7 +298,8 @@ mod tests {
             let keys = keys(count);
             let mut file = tempfile::tempfile().expect("file");
             file.write_all(&built(&keys)).expect("write");
-            let (fd, filter) = (Fd::new(file.as_raw_fd()).expect("fd"), Filter::new(0, u64::from(count)));
+            let (fd, filter) =
+                (Fd::new(file.as_raw_fd()).expect("fd"), Filter::new(0, u64::from(count), &Room::new(0)));
             let mut far = 0;
             for (at, key) in keys.iter().enumerate() {
                 match filter.look(fd, key) {
@@ -240,7 +317,7 @@ mod tests {
         let keys = keys(100_000);
         let mut file = tempfile::tempfile().expect("file");
         file.write_all(&built(&keys)).expect("write");
-        let (fd, filter) = (Fd::new(file.as_raw_fd()).expect("fd"), Filter::new(0, keys.len() as u64));
+        let (fd, filter) = (Fd::new(file.as_raw_fd()).expect("fd"), Filter::new(0, keys.len() as u64, &Room::new(0)));
         let strangers = 100_000u32;
         let passed = (0..strangers)
             .filter(|n| {
@@ -253,13 +330,35 @@ mod tests {
     }
 
     #[test]
+    fn many_look_ups_bring_it_into_memory_while_there_is_room() {
+        let keys = keys(10_000);
+        let mut bytes = built(&keys);
+        let pages = bytes.len() / PAGE;
+        bytes[PAGE + 70] ^= 1;
+        let mut file = tempfile::tempfile().expect("file");
+        file.write_all(&bytes).expect("write");
+        let fd = Fd::new(file.as_raw_fd()).expect("fd");
+        let room = Room::new(bytes.len() + 100);
+        let filters = [(); 2].map(|()| Filter::new(0, keys.len() as u64, &room));
+        let expected: Vec<Answer> = keys.iter().map(|key| filters[0].look(fd, key)).collect();
+        for filter in &filters {
+            assert!(keys.iter().map(|key| filter.look(fd, key)).eq(expected.iter().copied()));
+            assert_eq!((filter.damaged(), filter.pages.len()), (1, pages));
+        }
+        assert!(matches!(filters[0].held.get(), Some(Some(_))) && matches!(filters[1].held.get(), Some(None)));
+        assert_eq!(room.0.load(Ordering::Relaxed), 100);
+        drop(filters);
+        assert_eq!(room.0.load(Ordering::Relaxed), bytes.len() + 100);
+    }
+
+    #[test]
     fn a_damaged_page_says_nothing() {
         let keys = keys(10_000);
         let mut bytes = built(&keys);
         bytes[PAGE + 70] ^= 1;
         let mut file = tempfile::tempfile().expect("file");
         file.write_all(&bytes[..2 * PAGE]).expect("write");
-        let (fd, filter) = (Fd::new(file.as_raw_fd()).expect("fd"), Filter::new(0, keys.len() as u64));
+        let (fd, filter) = (Fd::new(file.as_raw_fd()).expect("fd"), Filter::new(0, keys.len() as u64, &Room::new(0)));
         assert!(matches!(filter.look(fd, &keys[0]), Answer::Near(_)));
         assert_eq!(filter.look(fd, &keys[5000]), Answer::Unusable, "its page is damaged");
         assert_eq!(filter.look(fd, &keys[9999]), Answer::Unusable, "its page is cut off");

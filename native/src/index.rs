@@ -5,11 +5,12 @@
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Arc;
 
 use crate::bytes::Reader;
 use crate::digest::{xxh3, Id};
 use crate::error::{damaged, invalid, Result};
-use crate::filter::{self, Answer, Filter};
+use crate::filter::{self, Answer, Filter, Room};
 use crate::io::Fd;
 use crate::slots::Place;
 
@@ -144,8 +145,8 @@ pub struct Segment {
 }
 
 impl Segment {
-    /// Open a segment, check its header and its list of packs; the names of its packs.
-    pub fn open(file: OwnedFd, repository: &[u8; 16]) -> Result<(Self, Vec<Id>)> {
+    /// Open a segment, check its header and its list of packs; the names of its packs. `room`: for its filter.
+    pub fn open(file: OwnedFd, repository: &[u8; 16], room: &Arc<Room>) -> Result<(Self, Vec<Id>)> {
         let fd = Fd::new(file.as_raw_fd())?;
         let mut header = [0; HEADER];
         fd.read_exact_at(&mut header, 0)?;
@@ -184,7 +185,7 @@ impl Segment {
             return damaged("index segment's list of packs is damaged");
         }
         let packs = list.as_chunks::<32>().0.to_vec();
-        let filter = filtered.then(|| Filter::new(layout.filter_at, entries));
+        let filter = filtered.then(|| Filter::new(layout.filter_at, entries, room));
         Ok((Self { file, layout, filter, damaged: AtomicUsize::new(0) }, packs))
     }
 
@@ -309,7 +310,7 @@ mod tests {
     fn open(bytes: &[u8]) -> Result<Segment> {
         let mut file = tempfile::tempfile().expect("file");
         file.write_all(bytes).expect("write");
-        Ok(Segment::open(file.into(), &[7; 16])?.0)
+        Ok(Segment::open(file.into(), &[7; 16], &Room::new(1 << 20))?.0)
     }
 
     fn sample(count: u32) -> Vec<(Key, Place)> {

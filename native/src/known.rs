@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use crate::digest::Id;
 use crate::error::{invalid, Result};
+use crate::filter::Room;
 use crate::index::{build_from, key_of, Key, Segment};
 use crate::merge::Merger;
 use crate::names::Names;
@@ -62,6 +63,8 @@ pub enum Claim {
 }
 
 const SHARDS: usize = 64;
+/// Bytes of filters that are held in memory: those of fifty million entries.
+const FILTERS: usize = 64 << 20;
 
 /// A segment that is searched.
 struct Loaded {
@@ -77,6 +80,8 @@ pub struct Known {
     shards: Vec<Shard>,
     /// The largest first: that is where most of what is known stands.
     segments: RwLock<Vec<Loaded>>,
+    /// For filters.
+    room: Arc<Room>,
     /// Damaged pages of segments that are searched no longer.
     damaged: AtomicUsize,
     pending: AtomicUsize,
@@ -90,6 +95,7 @@ impl Known {
             names,
             shards: (0..SHARDS).map(|_| Shard::default()).collect(),
             segments: RwLock::default(),
+            room: Room::new(FILTERS),
             damaged: AtomicUsize::new(0),
             pending: AtomicUsize::new(0),
             failed: AtomicBool::new(false),
@@ -102,7 +108,7 @@ impl Known {
 
     /// Search another segment too, called `name`; its number of entries.
     pub fn load(&self, file: OwnedFd, repository: &[u8; 16], name: &Id) -> Result<u64> {
-        let (segment, packs) = Segment::open(file, repository)?;
+        let (segment, packs) = Segment::open(file, repository, &self.room)?;
         let numbers = packs.iter().map(|name| self.names.intern(name)).collect();
         let entries = segment.layout().entries;
         let mut segments = self.segments.write().unwrap_or_else(PoisonError::into_inner);

@@ -373,7 +373,7 @@ mod tests {
     fn segment(bytes: &[u8], names: &Names) -> (Arc<Segment>, Vec<u32>) {
         let mut file = tempfile::tempfile().expect("file");
         file.write_all(bytes).expect("write");
-        let (segment, packs) = Segment::open(file.into(), &REPOSITORY).expect("opens");
+        let (segment, packs) = Segment::open(file.into(), &REPOSITORY, &filter::Room::new(0)).expect("opens");
         (Arc::new(segment), packs.iter().map(|name| names.intern(name)).collect())
     }
 

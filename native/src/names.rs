@@ -84,7 +84,8 @@ impl Names {
         let Some(present) = &table.present else {
             return Vec::new();
         };
-        let mut absent: Vec<Id> = table.names.iter().flatten().filter(|name| !present.contains(*name)).copied().collect();
+        let mut absent: Vec<Id> =
+            table.names.iter().flatten().filter(|name| !present.contains(*name)).copied().collect();
         absent.sort_unstable();
         absent.dedup();
         absent
