@@ -20,7 +20,6 @@ from imager.repository.damage import hurt_by_pack
 from imager.repository.findings import Hurt, Problem, Survey
 from imager.repository.format import DAMAGED, INDEX, KIND_DATA, KIND_MAP, PACKS, pack_object
 from imager.repository.repository import Repository
-from imager.repository.segments import segment_names
 from imager.storage.errors import NotFound
 from imager.units import parse_size
 
@@ -174,7 +173,7 @@ def _read_index(found: Survey) -> None:
     import blake3
 
     repository = found.repository
-    for name in segment_names(repository.storage):
+    for name in index.segment_names(repository):
         digest = blake3.blake3(b"imager index v1")
         try:
             fd = repository.storage.open(name)

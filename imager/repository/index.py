@@ -13,18 +13,20 @@ from imager.errors import IntegrityError
 from imager.events import Reporter
 from imager.repository import merging
 from imager.repository.format import INDEX, KIND_DATA, pack_object
-from imager.repository.repository import Repository
+from imager.repository.packs import PackAccess
 from imager.repository.segments import SegmentCache, cache_of, segment_name, segment_names
 from imager.repository.session import Session
 from imager.storage.base import Storage
 from imager.storage.errors import AlreadyExists, Gone, NotFound, StorageError
+
+__all__ = ["load", "load_one", "rebuild", "segment_name", "segment_names", "thin", "write_segment"]
 
 SEGMENT_ENTRIES = 1 << 18
 "Write a segment once this many entries are pending: 8 MiB of them, in about 40 MiB of memory."
 _LISTINGS = 8
 
 
-def load(repository: Repository, reporter: Reporter | None = None) -> _native.Known:
+def load(repository: PackAccess, reporter: Reporter | None = None) -> _native.Known:
     """All that the segments know, to be searched where it lies. Damaged ones are left out with a warning.
 
     A segment that is gone when it is to be opened was merged into another: they are listed again.
@@ -32,10 +34,10 @@ def load(repository: Repository, reporter: Reporter | None = None) -> _native.Kn
     entry counts only if its pack is there. Raises `StorageError`.
     """
     known = _native.Known(repository.names)
-    cache = cache_of(repository.storage, repository.id)
+    cache = cache_of(repository)
     seen: set[str] = set()
     for _ in range(_LISTINGS):
-        names = segment_names(repository.storage)
+        names = segment_names(repository)
         if not _load_all(repository, known, [name for name in names if name not in seen], cache, reporter):
             if cache is not None:
                 cache.keep_only(names)
@@ -45,7 +47,7 @@ def load(repository: Repository, reporter: Reporter | None = None) -> _native.Kn
 
 
 def _load_all(
-    repository: Repository,
+    repository: PackAccess,
     known: _native.Known,
     names: list[str],
     cache: SegmentCache | None,
@@ -70,7 +72,7 @@ def _load_all(
 
 
 def load_one(
-    repository: Repository, known: _native.Known, name: str, cache: SegmentCache | None = None
+    repository: PackAccess, known: _native.Known, name: str, cache: SegmentCache | None = None
 ) -> int:
     """Search one more segment; its number of entries. `cache`: where it may be kept on this machine.
 
@@ -115,11 +117,23 @@ def write_segment(
     del data
     if reload:
         session.drain()
-        load_one(repository, known, name, cache_of(repository.storage, repository.id))
+        load_one(repository, known, name, cache_of(repository))
         known.forget()
         if reporter is not None:
             merging.tend(repository, known, reporter, stored=session.stored)
     return name
+
+
+def thin(repository: PackAccess, reporter: Reporter) -> merging.Merged:
+    """Rewrite the segments that name packs which are gone, without them: they were deleted on purpose.
+
+    A damaged segment is left alone, with a warning. May run beside anything. Raises `StorageError`,
+    `IntegrityError`.
+    """
+    known = load(repository, reporter)
+    # After the segments: whatever those name was there before them, unless it is gone.
+    repository.packs_present()
+    return merging.forget(repository, known, repository.names.absent())
 
 
 def _put(storage: Storage, name: str, data: bytes) -> None:
@@ -132,14 +146,14 @@ def _put(storage: Storage, name: str, data: bytes) -> None:
             storage.create(name, data)
 
 
-def rebuild(repository: Repository, reporter: Reporter) -> tuple[list[str], list[str]]:
+def rebuild(repository: PackAccess, reporter: Reporter) -> tuple[list[str], list[str]]:
     """Make segments anew from the trailers of all data packs, then drop the older ones: (made, dropped).
 
     A pack whose trailer is damaged is left out with a warning. A backup that
     runs meanwhile keeps its own new segments. Raises `StorageError`.
     """
     storage = repository.storage
-    old = segment_names(storage)
+    old = segment_names(repository)
     known = _native.Known(repository.names)
     made: list[str] = []
 

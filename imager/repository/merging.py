@@ -19,7 +19,7 @@ from imager import _native
 from imager.errors import IntegrityError
 from imager.events import Reporter
 from imager.repository.format import INDEX
-from imager.repository.repository import Repository
+from imager.repository.packs import PackAccess
 from imager.repository.segments import cache_of, is_whole
 from imager.storage.errors import AlreadyExists, NotFound, StorageError, refusal
 
@@ -104,7 +104,7 @@ def choose(segments: Iterable[Segment], budget: int, policy: Policy = POLICY) ->
 
 
 def tend(
-    repository: Repository,
+    repository: PackAccess,
     known: _native.Known,
     reporter: Reporter,
     *,
@@ -137,7 +137,7 @@ def tend(
     return done
 
 
-def forget(repository: Repository, known: _native.Known, packs: Collection[bytes]) -> Merged:
+def forget(repository: PackAccess, known: _native.Known, packs: Collection[bytes]) -> Merged:
     """Rewrite every segment that names one of `packs`, without them: they were deleted on purpose.
 
     Call `Repository.packs_present` before, and load the index: entries of other packs that are not
@@ -167,7 +167,7 @@ def _groups(segments: Sequence[Segment], cap: int) -> Iterator[list[bytes]]:
 
 
 def merge(
-    repository: Repository, known: _native.Known, names: Sequence[bytes], forgotten: Collection[bytes] = ()
+    repository: PackAccess, known: _native.Known, names: Sequence[bytes], forgotten: Collection[bytes] = ()
 ) -> Merged:
     """Merge these segments, which `known` has loaded, into one; it searches that instead.
 
@@ -209,7 +209,7 @@ def merge(
     return Merged(len(names), int(bool(entries or packs)), size, dropped, damaged)
 
 
-def _take(repository: Repository, known: _native.Known, name: bytes, copy: int, made: bool) -> bool:
+def _take(repository: PackAccess, known: _native.Known, name: bytes, copy: int, made: bool) -> bool:
     """Search a merged segment. One that this process has not `made` must be whole before others go.
 
     False where it is gone again: another process had made the same, and has merged it further.
@@ -222,7 +222,7 @@ def _take(repository: Repository, known: _native.Known, name: bytes, copy: int, 
     try:
         if not made and not is_whole(fd, path):
             raise IntegrityError(f"{path} is not the one its name says: damaged or swapped")
-        if cache := cache_of(repository.storage, repository.id):
+        if cache := cache_of(repository):
             cache.keep(copy, path)
         if all(name != other for other, _, _ in known.loaded):
             known.load(fd, repository.id, name)

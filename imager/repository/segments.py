@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from imager import _native, config
 from imager.errors import IntegrityError
 from imager.repository.format import INDEX, is_pack_name
+from imager.repository.packs import PackAccess
 from imager.storage.base import Storage
 from imager.storage.errors import StorageError
 
@@ -26,14 +27,14 @@ def segment_name(data: bytes) -> str:
     return INDEX + _native.blake3(_CONTEXT + data).hex()
 
 
-def segment_names(storage: Storage) -> list[str]:
+def segment_names(repository: PackAccess) -> list[str]:
     """Object names of all index segments. Raises `StorageError`."""
-    return [name for name in storage.list_names(INDEX) if is_pack_name(name.removeprefix(INDEX))]
+    return [name for name in repository.storage.list_names(INDEX) if is_pack_name(name.removeprefix(INDEX))]
 
 
-def cache_of(storage: Storage, repository: bytes) -> SegmentCache | None:
+def cache_of(repository: PackAccess) -> SegmentCache | None:
     """Where this machine keeps the segments of a storage that is far; None for one that is not."""
-    return None if getattr(storage, "local", True) else SegmentCache(repository)
+    return None if getattr(repository.storage, "local", True) else SegmentCache(repository.id)
 
 
 def is_whole(fd: int, name: str) -> bool:

@@ -39,7 +39,6 @@ from imager.repository.missing import MISSING
 from imager.repository.packs import read_header
 from imager.repository.pages import BadPage, Seen, pages
 from imager.repository.repository import Opening, Repository
-from imager.repository.segments import segment_names
 from imager.repository.witness import Witness
 from imager.storage.errors import Gone, NotFound, StorageError
 
@@ -190,7 +189,7 @@ def _frame_problem(repository: Repository, path: str, kind: int, size: int) -> s
 
 
 def _index(found: Survey) -> None:
-    for name in segment_names(found.repository.storage):
+    for name in index.segment_names(found.repository):
         try:
             index.load_one(found.repository, found.known, name)
         except NotFound:

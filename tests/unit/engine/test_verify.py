@@ -146,7 +146,7 @@ def test_against_needs_one_disk(plain: Repository, plain_writer: Writer, tmp_pat
 def test_a_block_that_lies_elsewhere_too(repository: Repository, writer: Writer, tmp_path: Path) -> None:
     """Two sessions that knew nothing of each other stored the same blocks; one pack is lost."""
     from imager._native import Known, pack_records
-    from imager.repository.segments import segment_name
+    from imager.repository.index import segment_name
     from tests.unit.engine.test_restore import go
 
     data = os.urandom(2 * MIB)

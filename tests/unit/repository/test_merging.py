@@ -144,6 +144,22 @@ def test_a_lost_pack_stays_known_of_until_it_is_forgotten(lab: Lab) -> None:
     assert lab.paths("index") == [], "nothing is left to say"
 
 
+def test_an_index_is_thinned_of_packs_that_are_gone(lab: Lab) -> None:
+    lab.backup(sda=noise(300), pack_blocks=100)
+    lab.backup(name="other", sda=noise(30, seed=1))
+    gone = lab.paths("packs")[0]
+    gone.unlink()
+    before = {path.name for path in lab.paths("index")}
+    done = index.thin(lab.reopen(), Silent())
+    assert (done.read, done.written) == (1, 1) and done.dropped in (30, 100)
+    assert len(before & {path.name for path in lab.paths("index")}) == 1
+    repository = lab.reopen()
+    index.load(repository)
+    repository.packs_present()
+    assert missing.packs(repository) == []
+    assert index.thin(repository, Silent()) == Merged()
+
+
 def test_a_damaged_page_costs_its_entries_and_is_told(lab: Lab) -> None:
     for number in range(4):
         put(lab.repository, blocks(range(number * 100, number * 100 + 100)))
@@ -362,5 +378,5 @@ def test_killed_at_any_moment_nothing_is_lost(lab: Lab) -> None:
     assert len(told) > 24
     reporter = Silent()
     merging.tend(repository, known, reporter, stored=0, policy=TINY)
-    assert not reporter.warnings and len(segment_names(repository.storage)) < 24
+    assert not reporter.warnings and len(segment_names(repository)) < 24
     assert repository.storage.sweep() == [] and lab.paths("tmp") == []
