@@ -60,6 +60,8 @@ class Names:
     def name(self, number: int) -> bytes | None: ...
     def set_present(self, names: Sequence[bytes]) -> None:
         """What the storage's listing shows; packs outside it count as absent from now on."""
+    def absent(self) -> list[bytes]:
+        """Names of the packs that the listing lacks, sorted; none where there was no listing."""
     def is_present(self, number: int) -> bool: ...
 
 class Vault:
@@ -233,9 +235,20 @@ class Known:
     """Where blocks are: this session's own, and index segments. Thread-safe."""
 
     def __init__(self, names: Names) -> None: ...
-    def load(self, fd: int, repository: bytes) -> int:
+    def load(self, fd: int, repository: bytes, name: bytes = ...) -> int:
         """Search a segment too; its number of entries. Raises DamagedError. The fd may be closed after."""
+    def unload(self, names: Sequence[bytes]) -> None:
+        """Search these segments no longer."""
+    loaded: list[tuple[bytes, int, int]]
+    """(name, entries, bytes) of each segment, the largest first."""
+    def naming(self, packs: Sequence[bytes]) -> list[bytes]:
+        """The segments that name one of these packs."""
+    def merge(self, names: Sequence[bytes], out: int, repository: bytes, forget: Sequence[bytes]) -> Merge:
+        """Begin to merge loaded segments into an empty file that can be read too; it stays open until all
+        is done. Packs of `forget` are neither named in it, nor their entries kept."""
     def add_pack(self, number: int, records: Sequence[tuple[int, bytes, int, int]]) -> None: ...
+    def count(self, ids: bytes) -> int:
+        """How many of many ids, one after the other, are known."""
     def find(self, id: bytes) -> tuple[int, int, int] | None:
         """(pack number, offset, length)."""
     pending: int
@@ -248,6 +261,15 @@ class Known:
         They are found until `forget`, which comes once the segment is loaded."""
     def forget(self) -> None:
         """Free the memory of what segments were made of."""
+
+class Merge:
+    """A merge of index segments under way."""
+
+    def step(self) -> int:
+        """Go on for a while: the bytes handled, 0 once all is done. Raises ReadError, WriteError."""
+    def outcome(self) -> tuple[bytes, int, int, int, int, int]:
+        """(name, entries, packs, bytes, entries whose pack was gone, damaged pages). Raises ValueError
+        before the end."""
 
 # --- work ------------------------------------------------------------------------------
 

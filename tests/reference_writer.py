@@ -228,15 +228,38 @@ def index_segment(
     names = b"".join(packs)
     names += struct.pack("<Q", xxh3(names))
     names += bytes(-len(names) % 4096)
-    header = struct.pack("<8sHHIQQ", b"IMGRINDX", 1, 0, len(packs), len(entries), 4096 + len(names))
-    header += repository + struct.pack("<QQ", 0, 0)
-    data = (header + struct.pack("<Q", xxh3(header))).ljust(4096, b"\0") + names
     rows = [id[:20] + struct.pack("<III", *rest) for id, *rest in sorted(entries)]
+    pages = b""
     for at in range(0, len(rows), 127):
         chunk = rows[at : at + 127]
         rest = struct.pack("<H22x", len(chunk)) + b"".join(chunk).ljust(127 * 32, b"\0")
-        data += struct.pack("<Q", xxh3(rest)) + rest
+        pages += struct.pack("<Q", xxh3(rest)) + rest
+    filter_ = index_filter(rows) if len(rows) > 127 else b""
+    start = 4096 + len(names)
+    header = struct.pack("<8sHHIQQ", b"IMGRINDX", 1, 0, len(packs), len(entries), start) + repository
+    header += struct.pack("<QQ", start + len(pages) if filter_ else 0, len(filter_))
+    data = (header + struct.pack("<Q", xxh3(header))).ljust(4096, b"\0") + names + pages + filter_
     return b3(b"imager index v1" + data), data
+
+
+def index_filter(rows: Sequence[bytes]) -> bytes:
+    """The filter of a segment with these entries."""
+    lines = -(-len(rows) // 48)
+    bits, counts = [0] * lines, [0] * lines
+    for row in rows:
+        line = int.from_bytes(row[:8], "big") * lines >> 64
+        first, step = struct.unpack("<II", row[8:16])
+        for n in range(6):
+            bits[line] |= 1 << ((first + n * (step | 1)) % 2**32 * 480 >> 32)
+        counts[line] += 1
+    filled = b"".join(
+        struct.pack("<I", sum(counts[:at])) + bits[at].to_bytes(60, "little") for at in range(lines)
+    )
+    pages = b""
+    for at in range(0, len(filled), 63 * 64):
+        rest = bytes(56) + filled[at : at + 63 * 64].ljust(63 * 64, b"\0")
+        pages += struct.pack("<Q", xxh3(rest)) + rest
+    return pages
 
 
 def manifest(

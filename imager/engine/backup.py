@@ -33,7 +33,7 @@ from imager.engine.source import Opened, SourcePlan, open_source
 from imager.errors import ImagerError
 from imager.events import Reporter
 from imager.extents import Extents
-from imager.repository import imageset, index, missing
+from imager.repository import imageset, index, merging, missing
 from imager.repository.blockmap import DamagedPage, MapReader
 from imager.repository.format import lineage_id, now
 from imager.repository.imageset import Body, Head, Image, Previous, Public
@@ -321,7 +321,7 @@ def _run(
                 source=_identity(lane.source),
             )
         )
-    index.write_segment(session, known)
+    segment = index.write_segment(session, known)
     if known.damaged_pages:
         reporter.warn(
             f"{known.damaged_pages} look-ups met a damaged index page",
@@ -364,6 +364,8 @@ def _run(
     )
     for problem in Witness(repository.place).committed(head, plan.seen):
         reporter.note(problem)
+    if segment is not None:
+        merging.tend(repository, known, reporter, stored=session.stored)
     return BackupSummary(
         set=session.id,
         name=plan.name,

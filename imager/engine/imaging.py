@@ -292,7 +292,7 @@ class Imaging:
         if self._writer.pending >= _MAX_PENDING // 2 or self._pack is None:
             self._writer.flush()
         if self._known.pending >= index.SEGMENT_ENTRIES:
-            index.write_segment(self._session, self._known, reload=True)
+            index.write_segment(self._session, self._known, self._reporter, reload=True)
 
     def seal(self) -> None:
         """Seal the open pack, so that every map that refers to it can be written."""

@@ -173,7 +173,7 @@ def _is_whole(found: Survey, path: str, threads: int) -> bool:
 def _compare_index(found: Survey, fd: int, number: int, name: bytes) -> None:
     """Tell of blocks that an image set uses and no index segment knows: a segment got lost."""
     records = _native.pack_records(fd, name, found.repository.id)
-    unknown = sum(1 for _, identity, _, _ in records if found.known.find(identity) is None)
+    unknown = len(records) - found.known.count(b"".join(identity for _, identity, _, _ in records))
     if unknown:
         found.problems.append(
             Problem(

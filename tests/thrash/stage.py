@@ -21,13 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import imager.cli.main
-import imager.engine.backup
-import imager.engine.fetching
-import imager.engine.restore
-import imager.engine.verify
-import imager.repository.check
-import imager.repository.forgetting
 from imager.cli.main import VERBS
 from imager.storage.base import Staged, Storage
 

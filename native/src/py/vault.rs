@@ -58,6 +58,10 @@ impl Names {
         Ok(())
     }
 
+    fn absent(&self) -> Vec<[u8; 32]> {
+        self.0.absent()
+    }
+
     fn is_present(&self, number: u32) -> bool {
         self.0.is_present(number)
     }
