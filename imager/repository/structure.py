@@ -35,9 +35,11 @@ from imager.repository.format import (
     parse,
     shape,
 )
+from imager.repository.manifest import Manifest
 from imager.repository.missing import MISSING
 from imager.repository.packs import read_header
 from imager.repository.pages import BadPage, Seen, pages
+from imager.repository.publicmap import PublicPage, Target, walk
 from imager.repository.repository import Opening, Repository
 from imager.repository.witness import Witness
 from imager.storage.errors import Gone, NotFound, StorageError
@@ -71,6 +73,11 @@ def _secrets(found: Survey) -> None:
             keys.parse_slot(storage.read(SLOTS + slot, 0, MAX_SMALL_JSON + 1), slot, repository.id)
         except (IntegrityError, NotFound) as error:
             found.problems.append(Problem("slot", SLOTS + slot, error.message))
+    revoked = repository.revoked()
+    for name, detail in repository.revocation_problems:
+        found.problems.append(Problem("revocation", name, detail))
+    if revoked:
+        found.notes.append(f"{len(revoked)} writers are revoked: {', '.join(sorted(revoked))}")
     present = numbered(storage.list_names(EPOCHS))
     verify_key = bytes.fromhex(repository.config.verify_key)
     for number in sorted({*present, *repository.secrets.epochs}):
@@ -95,6 +102,10 @@ def _sets(found: Survey) -> None:
         found.problems.append(Problem("set", f"sets/{damaged.id}", damaged.reason))
     for set_id, text in imageset.chain_problems(listing):
         found.problems.append(Problem("chain", f"sets/{set_id}", text))
+    for set_id in imageset.ahead(listing.sets):
+        found.notes.append(
+            f"image set {set_id} says that it was taken in the future: a wrong clock, or a forgery"
+        )
     witness = Witness(found.repository.id)
     for text in witness.observe(listing.sets, damaged=[damaged.id for damaged in listing.problems]):
         found.problems.append(Problem("history", "the repository", text))
@@ -206,11 +217,14 @@ def _index(found: Survey) -> None:
 def _maps(found: Survey) -> None:
     """Open every page that a set refers to, once, and see that every pack named is there and of its kind."""
     repository = found.repository
-    if repository.sealed and not repository.secrets.epochs:
-        found.notes.append("this key can write only: what the image sets refer to was not checked")
-        return
     seen: Seen = set()
+    followed: set[Target] = set()
+    unread = 0
     for manifest in found.listing.sets:
+        if manifest.body is None:
+            unread += 1
+            _follow(found, manifest, followed)
+            continue
         for image in manifest.images:
             for page in pages(repository, image, seen):
                 found.pages += 1
@@ -220,6 +234,11 @@ def _maps(found: Survey) -> None:
                     _blame_page(found, page)
                 elif page.level == 0:
                     found.used.update(page.slots.packs())
+    if unread:
+        found.notes.append(
+            f"{unread} of {len(found.listing.sets)} image sets cannot be read with this key: checked were "
+            "their signatures, and that the packs which they name are there; pages and blocks were not opened"
+        )
     for number in found.used:
         name = repository.names.name(number)
         if name is None or number in found.bad or number in found.aside:
@@ -234,6 +253,26 @@ def _maps(found: Survey) -> None:
         found.notes.append(
             f"{orphans} packs belong to no image set: left by backups that ended early, or still being made"
         )
+
+
+def _follow(found: Survey, manifest: Manifest, followed: set[Target]) -> None:
+    """What a set refers to by the public parts of its pages, for a key that cannot open them."""
+    names = found.repository.names
+    for root in manifest.public.roots:
+        if root is None:
+            continue
+        for page in walk(found.repository, root, followed):
+            found.pages += 1
+            if isinstance(page, PublicPage):
+                number = names.intern(page.place.pack)
+                if page.level == 0:
+                    found.used.update({names.intern(target.pack) for target in page.targets})
+            else:
+                place, reason = page
+                number = names.intern(place.pack)
+                found.blame(number, f"a page of a block map is damaged: {reason}")
+            found.used.add(number)
+            found.maps.add(number)
 
 
 def _blame_page(found: Survey, page: BadPage) -> None:

@@ -20,7 +20,7 @@ from imager.storage.base import Entry
 from imager.storage.errors import Gone, NotFound, refusal
 
 FOLDERS = ("slots", "epochs", "sessions", "sets", "packs", "maps", "index", "condemned", "tmp")
-_EXPECTED = {*FOLDERS, "damaged", "config", "lost+found"}
+_EXPECTED = {*FOLDERS, "damaged", "revoked", "config", "lost+found"}
 
 # What a filesystem answers that has no files without names, or no links.
 _NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL, errno.ENOSYS)
