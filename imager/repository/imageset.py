@@ -48,8 +48,8 @@ from imager.units import format_time
 __all__ = [
     "Body", "Damaged", "Head", "Image", "Listing", "Manifest", "NoSuchSet", "Previous", "Public", "Root",
     "Selector", "ahead", "chain_problems", "check_name", "decode", "encode", "heads", "latest_of",
-    "list_sets", "parse_time", "read_set", "resolve", "root_level", "select_image", "split_selector",
-    "this_host",
+    "list_sets", "own_lineages", "parse_time", "read_set", "resolve", "root_level", "select_image",
+    "split_selector", "this_host",
 ]  # fmt: skip
 
 _TIME = r"(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d)(:\d\d)?(\.\d{1,6})?)?(Z|[+-]\d\d:?\d\d)?"
@@ -107,6 +107,12 @@ class Selector:
 def this_host() -> str:
     """The name that lineages of this machine have."""
     return os.uname().nodename
+
+
+def own_lineages(repository: Repository, names: Iterable[str]) -> dict[str, str]:
+    """Lineage ids of this machine's lineages of these names: a key that cannot read finds sets by them."""
+    key = repository.secrets.id_key
+    return {lineage_id(key, this_host(), name).hex(): name for name in names}
 
 
 def check_name(name: str) -> str:

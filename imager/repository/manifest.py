@@ -162,7 +162,8 @@ class Manifest:
         if self.body is None:
             raise WrongKey(
                 f"this key cannot read image set {self.id[:8]}",
-                hint="it may write only, or have been made before the set's key epoch: imager key list tells",
+                hint="a key of role write reads nothing, one from before a rotation no later set: "
+                "imager key list shows what there is",
             )
         return self.body
 

@@ -18,8 +18,8 @@ from imager.units import format_time
 FORMATS = ("text", "html", "svg", "png")
 _QUIET = 4
 "Light modules around a QR code, as its standard asks."
-_HALVES = {(False, False): "█", (False, True): "▀", (True, False): "▄", (True, True): " "}
-"Characters for (upper, lower) dark modules, as a terminal with light text on dark shows them."
+_HALVES = {(False, False): " ", (False, True): "▄", (True, False): "▀", (True, True): "█"}
+"Characters for (upper, lower) modules that are to have the colour of text."
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +33,14 @@ class Sheet:
     created: float
 
 
-def render(sheet: Sheet, form: str) -> bytes:
+def render(sheet: Sheet, form: str, *, on_dark: bool = False) -> bytes:
     """The sheet as `text` (with a QR code of block characters), `html`, or its QR code as `svg` or `png`.
 
+    `on_dark`: the text is for a terminal that shows light characters on dark, not for paper.
     Raises `UsageError` for another form.
     """
     if form == "text":
-        return "".join(f"{line}\n" for line in text(sheet)).encode()
+        return "".join(f"{line}\n" for line in text(sheet, on_dark=on_dark)).encode()
     if form == "html":
         return _html(sheet).encode()
     if form not in FORMATS:
@@ -49,7 +50,7 @@ def render(sheet: Sheet, form: str) -> bytes:
     return out.getvalue()
 
 
-def text(sheet: Sheet) -> Iterator[str]:
+def text(sheet: Sheet, *, on_dark: bool = False) -> Iterator[str]:
     """The lines of the sheet for a terminal or a printer of text."""
     yield "IMAGER RECOVERY KEY"
     yield ""
@@ -60,16 +61,16 @@ def text(sheet: Sheet) -> Iterator[str]:
     yield f"    {first}"
     yield f"    {second}"
     yield ""
-    yield from qr_lines(sheet.key)
+    yield from qr_lines(sheet.key, on_dark=on_dark)
     yield ""
     yield from _ADVICE
 
 
-def qr_lines(key: str) -> list[str]:
+def qr_lines(key: str, *, on_dark: bool = False) -> list[str]:
     """The QR code of the key in block characters, two modules to a character."""
-    matrix = [[bool(module) for module in row] for row in _code(key).matrix_iter(border=_QUIET)]
+    matrix = [[bool(module) != on_dark for module in row] for row in _code(key).matrix_iter(border=_QUIET)]
     if len(matrix) % 2:
-        matrix.append([False] * len(matrix[0]))
+        matrix.append([on_dark] * len(matrix[0]))
     pairs = zip(matrix[::2], matrix[1::2], strict=True)
     return ["".join(_HALVES[pair] for pair in zip(*rows, strict=True)) for rows in pairs]
 

@@ -37,7 +37,7 @@ def command(shell: Shell, label: str, form: str, out: str | None) -> None:
 
     repository = opening.unlock()
     with keyring.recovery(repository, label=label) as sheet:
-        content = render(sheet, form)
+        content = render(sheet, form, on_dark=out is None and sys.stdout.isatty())
         if out is not None:
             _write_new(out, content)
         elif not shell.json:

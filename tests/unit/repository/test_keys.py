@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from imager.errors import ImagerError, IntegrityError, UsageError, WrongKey
 from imager.repository import keys
 from imager.repository.format import canonical
-from imager.repository.keys import Secret, Unlocking
+from imager.repository.keys import Secret
+from imager.repository.unlocking import Unlocking
 
 REPOSITORY = bytes(range(16))
 KEYFILE = Secret("keyfile", b"k" * 64)
