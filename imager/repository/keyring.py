@@ -10,7 +10,7 @@ The order within `remove`, which `tests/unit/repository/test_keyring.py` runs in
 1. create a mark of one's own beside the slots (create-only, durable);
 2. list the marks, and after that the slots;
 3. where no full slot without a mark is left, take back the mark and refuse;
-4. delete the slot, then every mark on it.
+4. delete the slot, then every mark on a slot that is gone.
 
 Of two removals, the one that lists later sees the other's mark, or its slot gone: a mark
 goes only after its slot. So they may both refuse, and never both delete. A mark that a killed removal left
@@ -394,9 +394,10 @@ def _delete(repository: Repository, slot: Slot) -> None:
     except ImagerError:
         _take_back(repository, mark)
         raise
-    for name in storage.list_names(SLOTS):
-        match = _MARK.fullmatch(name)
-        if match and match[1] == slot.slot:
+    marks = [(name, match[1]) for name in storage.list_names(SLOTS) if (match := _MARK.fullmatch(name))]
+    there = set(Opening.slot_ids(storage))
+    for name, marked_slot in marks:
+        if marked_slot not in there:  # Ids are random: a slot that is gone never comes back.
             _take_back(repository, name)
 
 
