@@ -131,6 +131,22 @@ class LazyGroup(click.Group):
         with formatter.section("Options of every verb"):
             formatter.write_dl(records)
 
+    def leaves(self, ctx: click.Context) -> list[tuple[str, ...]]:
+        """Every verb that does something, by the words that name it: `("list",)`, `("key", "list")`."""
+        found: list[tuple[str, ...]] = []
+        for name in self._modules:
+            command = self.get_command(ctx, name)
+            below = command.leaves(ctx) if isinstance(command, LazyGroup) else [()]
+            found += [(name, *words) for words in below]
+        return found
+
+    def leaf(self, ctx: click.Context, words: Sequence[str]) -> click.Command:
+        """The verb that these words name. Raises `LookupError`."""
+        command = self.get_command(ctx, words[0])
+        if command is None:
+            raise LookupError(words[0])
+        return command.leaf(ctx, words[1:]) if isinstance(command, LazyGroup) and words[1:] else command
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self._modules)
 

@@ -40,9 +40,6 @@ VERBS = (
     "completion",
 )
 
-# The verbs of a verb that is a group.
-NESTED = {"key": ("add", "list", "remove", "passwd", "export", "rotate")}
-
 group = LazyGroup(
     name="imager",
     modules={verb: f"imager.cli.verbs.{verb}" for verb in VERBS},

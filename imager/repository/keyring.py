@@ -421,14 +421,18 @@ def rotate(repository: Repository, secret: Secret | None) -> Rotated:
     old = repository.slot
     if old is None or secret is None:
         raise UsageError("it is not known which key slot opened")
-    newest, _ = repository.newest_epoch()
-    if newest not in mine.epochs:
-        raise WrongKey(
-            f"this key does not read key epoch {newest}, so it cannot begin the next one",
-            hint="use a key that reads every epoch: imager key list tells",
-        )
-    epoch = newest + 1
+    newest, public = repository.newest_epoch()
     same = _same_secret(repository, secret)
+    if newest not in mine.epochs:
+        # The rotation to it may have been this key's own, killed before the old slot went.
+        begun = _begun_rotation(same, newest)
+        if begun is None or keys.epoch_public(begun[1]) != public:
+            raise WrongKey(
+                f"this key does not read key epoch {newest}, so it cannot begin the next one",
+                hint="use a key that reads every epoch: imager key list tells",
+            )
+        return _finish_rotation(repository, newest, begun[0], same)
+    epoch = newest + 1
     name, private = _begun_rotation(same, epoch) or ("", os.urandom(32))
     if not name:
         # An epoch that this key has and the repository does not: its rotation lost a race.
@@ -447,6 +451,13 @@ def rotate(repository: Repository, secret: Secret | None) -> Rotated:
             f"key epoch {epoch} is there already: another rotation was faster",
             hint="see imager key list; rotate again where that is still needed",
         ) from error
+    return _finish_rotation(repository, epoch, name, same)
+
+
+def _finish_rotation(
+    repository: Repository, epoch: int, name: str, same: Iterable[tuple[Slot, Secrets]]
+) -> Rotated:
+    """Remove the slots of the same secret that the new one replaces."""
     for slot, _ in same:
         if slot.slot != name:
             _delete(repository, slot)

@@ -21,6 +21,12 @@ def in_order(slots: Sequence[Slot], likely: str) -> list[Slot]:
     So a slot that somebody put there with the highest costs delays only those whose key opens nothing else.
     """
 
+    remembered = next((slot for slot in slots if slot.slot == likely), None)
+    if remembered is not None:
+        # A rotation that was killed leaves the old slot beside its new one, which reads more.
+        alike = [slot for slot in slots if (slot.label, slot.role) == (remembered.label, remembered.role)]
+        likely = max(alike, key=lambda slot: max(slot.reads, default=0)).slot
+
     def order(slot: Slot) -> tuple[bool, int, int, str]:
         cost = slot.kdf.memory_kib * slot.kdf.passes
         return slot.slot != likely, cost, -max(slot.reads, default=0), slot.slot

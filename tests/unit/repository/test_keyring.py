@@ -558,11 +558,12 @@ def test_a_revocation_that_is_deleted_still_counts_here(lab: Lab) -> None:
     full = lab.repository
     writing(lab, label="db1")
     removed = keyring.remove(full, "db1")
-    later = lab.backup(disk=noise(2))
+    with pytest.raises(IntegrityError, match="revoked"):
+        lab.backup(disk=noise(2))
     assert opened(lab, own(lab)).revoked()
     (lab.root / REVOKED / str(removed.revoked)).unlink()
     with opened(lab, own(lab)) as repository:
-        assert [item.id for item in imageset.list_sets(repository).problems] == [later.id]
+        assert ["revoked" in item.reason for item in imageset.list_sets(repository).problems] == [True]
         found = check(repository, Silent())
         assert "revocation" in {problem.kind for problem in found.problems}
 
