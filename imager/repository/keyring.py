@@ -324,13 +324,14 @@ def remove(repository: Repository, text: str) -> Removed:
             raise
         kept = _revoke(repository, secrets, writer[0])
         return Removed(None, None, WRITE, writer[1], writer[0], kept, len(slots))
-    revoked, kept = None, 0
-    if slot.role == WRITE and slot.writer is not None:
-        revoked = slot.writer.writer
+    revoked, kept, label = None, 0, slot.label
+    if slot.writer is not None and writers.is_certified(repository.id, repository.verify_key, slot.writer):
+        # The certificate's label, not the slot's: that one anybody could have changed.
+        revoked, label = slot.writer.writer, slot.writer.label
         kept = _revoke(repository, secrets, revoked)
     _delete(repository, slot)
     remaining = len(read_slots(repository)[0])
-    return Removed(slot.slot, slot.kind, slot.role, slot.label, revoked, kept, remaining)
+    return Removed(slot.slot, slot.kind, slot.role, label, revoked, kept, remaining)
 
 
 def _writer_named(repository: Repository, text: str) -> tuple[str, str] | None:

@@ -212,6 +212,8 @@ def parse_slot(raw: bytes, name: str, repository: bytes) -> Slot:
         raise IntegrityError(f"{what} is damaged: it belongs to another name or repository")
     if slot.kind not in _KINDS or slot.role not in ROLES:
         raise IntegrityError(f"{what} is damaged: unknown kind or role")
+    if (slot.role == WRITE) != (slot.writer is not None):
+        raise IntegrityError(f"{what} is damaged: its role does not go with a certificate, or lacks one")
     return slot
 
 

@@ -12,7 +12,7 @@ import struct
 from imager import _native
 from imager.errors import IntegrityError
 from imager.events import Reporter
-from imager.repository import imageset, index, keys
+from imager.repository import imageset, index, keys, writers
 from imager.repository.findings import Problem, Survey
 from imager.repository.format import (
     DAMAGED,
@@ -70,7 +70,10 @@ def _secrets(found: Survey) -> None:
     storage = repository.storage
     for slot in Opening.slot_ids(storage):
         try:
-            keys.parse_slot(storage.read(SLOTS + slot, 0, MAX_SMALL_JSON + 1), slot, repository.id)
+            raw = storage.read(SLOTS + slot, 0, MAX_SMALL_JSON + 1)
+            writer = keys.parse_slot(raw, slot, repository.id).writer
+            if writer is not None and not writers.is_certified(repository.id, repository.verify_key, writer):
+                raise IntegrityError(f"key slot {slot} has a certificate that this repository never gave")
         except (IntegrityError, NotFound) as error:
             found.problems.append(Problem("slot", SLOTS + slot, error.message))
     revoked = repository.revoked()

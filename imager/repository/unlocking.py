@@ -25,7 +25,7 @@ def in_order(slots: Sequence[Slot], likely: str) -> list[Slot]:
     if remembered is not None:
         # A rotation that was killed leaves the old slot beside its new one, which reads more.
         alike = [slot for slot in slots if (slot.label, slot.role) == (remembered.label, remembered.role)]
-        likely = max(alike, key=lambda slot: max(slot.reads, default=0)).slot
+        likely = max(alike, key=lambda slot: (max(slot.reads, default=0), slot.slot == likely)).slot
 
     def order(slot: Slot) -> tuple[bool, int, int, str]:
         cost = slot.kdf.memory_kib * slot.kdf.passes
