@@ -189,11 +189,11 @@ class KnownPages:
 
     def find(self, level: int, index: int, slots: Slots) -> Slots | None:
         """The slot of a page that is just this one; None where there is none."""
-        repository, first = self._repository, index * span(level)
+        repository, first, packs = self._repository, index * span(level), slots.packs()
+        if any(repository.names.name(pack) is None for pack in packs):
+            return None  # It names what is being written now, so it is new itself.
         # A page that lies in one pack with pages that it names was written with a mark in that pack's place.
-        holders: list[int | None] = [None]
-        if level:
-            holders += slots.packs()
+        holders: list[int | None] = [None, *packs] if level else [None]
         for holder in holders:
             identity = repository.vault.page_id(level, first, slots, repository.names, holder)
             place = self._known.find(identity)

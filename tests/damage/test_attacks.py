@@ -89,7 +89,7 @@ class Scene:
         signer: bytes | None = None,
         **public: Any,
     ) -> str:
-        """A set that the attacker makes by hand, of a root that there is: its id. `public`: changed fields."""
+        """A set that the attacker makes by hand, of a root that there is; its id. `public`: what differs."""
         with self.open(MINE) as repository:
             secrets = repository.secrets
             assert secrets.writer is not None
