@@ -107,7 +107,6 @@ def slot(
             "sealed": AESGCM(slot_key(kdf, secret)).encrypt(nonce, canonical(payload), extra).hex(),
         }
         | ({"writer": writer} if writer else {})
-        | ({"reads": sorted(map(int, payload["epochs"]))} if payload["epochs"] else {})
     )
 
 
