@@ -26,7 +26,7 @@ import pytest
 from imager import _native
 from imager.errors import ImagerError, IntegrityError, WrongKey
 from imager.events import Silent
-from imager.repository import imageset, index, keyring, keys, manifest, writers
+from imager.repository import imageset, index, keyring, keys, manifest, removal, writers
 from imager.repository.credentials import Credentials
 from imager.repository.format import KIND_DATA, canonical, config_message, lineage_id, now, pack_object
 from imager.repository.imageset import Manifest, Previous
@@ -525,7 +525,7 @@ def test_no_key_of_his_changes_keys(scene: Scene) -> None:
     with scene.open(MINE) as repository:
         attempts: list[Callable[[], object]] = [
             lambda: keyring.add(repository, Secret("keyfile", b"n" * 40)),
-            lambda: keyring.remove(repository, "theirs"),
+            lambda: removal.remove(repository, "theirs"),
             lambda: keyring.rotate(repository, MINE),
         ]
         for attempt in attempts:

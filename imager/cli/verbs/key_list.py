@@ -11,7 +11,7 @@ from imager.cli.style import table
 from imager.units import format_time
 
 if TYPE_CHECKING:
-    from imager.repository.keyring import Keyring, SlotFacts
+    from imager.repository.keyslots import Keyring, SlotFacts
 
 
 @verb("list")
@@ -21,9 +21,9 @@ def command(shell: Shell) -> None:
     The slot that opened the repository just now is marked with an asterisk.
     """
     opening = shell.open()
-    from imager.repository import keyring
+    from imager.repository import keyslots
 
-    found = keyring.listing(opening.unlock())
+    found = keyslots.listing(opening.unlock())
     with shell.reporter(long_job=False) as reporter:
         for problem in found.problems:
             reporter.warn(problem, hint="imager check tells more")

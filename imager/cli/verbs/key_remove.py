@@ -20,9 +20,9 @@ def command(shell: Shell, slot: str) -> None:
     what it opens: imager key rotate keeps later sets from it.
     """
     opening = shell.open(writing=True)
-    from imager.repository import keyring
+    from imager.repository import removal
 
-    removed = keyring.remove(opening.unlock(), slot)
+    removed = removal.remove(opening.unlock(), slot)
     if shell.json:
         shell.document(removed)
         return

@@ -15,7 +15,16 @@ import pytest
 from imager import reference
 from imager.errors import ImagerError, IntegrityError, UsageError, WrongKey
 from imager.events import Silent
-from imager.repository import imageset, keymemory, keyring, keys, recovery_key, writers
+from imager.repository import (
+    imageset,
+    keymemory,
+    keyring,
+    keys,
+    keyslots,
+    recovery_key,
+    removal,
+    writers,
+)
 from imager.repository.check import check
 from imager.repository.credentials import Credentials
 from imager.repository.format import EPOCHS, REVOKED, SLOTS
@@ -79,7 +88,7 @@ def test_an_added_key_reads(lab: Lab, secret: Secret, role: str) -> None:
     with opened(lab, secret) as repository:
         assert repository.slot is not None and repository.slot.slot == added.slot
         assert imageset.read_set(repository, made.id).content.name == "d"
-        found = {slot.slot: slot for slot in keyring.listing(repository).slots}
+        found = {slot.slot: slot for slot in keyslots.listing(repository).slots}
         assert found[added.slot].opened and found[added.slot].reads == (1,)
     # And by the reference reader.
     given = {"keyfile": "keyfile", "passphrase": "passphrase", "recovery": "recovery"}[secret.kind]
@@ -94,7 +103,7 @@ def test_a_key_that_reads_changes_nothing(lab: Lab) -> None:
     with opened(lab, ONE) as repository:
         for attempt in (
             lambda: keyring.add(repository, TWO),
-            lambda: keyring.remove(repository, "keyfile"),
+            lambda: removal.remove(repository, "keyfile"),
             lambda: keyring.rotate(repository, ONE),
         ):
             with pytest.raises(WrongKey, match="role read"):
@@ -114,7 +123,7 @@ def test_wishes_that_make_no_sense(lab: Lab, make_lab: Callable[[str], Lab]) -> 
     ):
         with pytest.raises(UsageError):
             keyring.add(repository, ONE, **options)
-    for call in (keyring.listing, lambda r: keyring.add(r, ONE), lambda r: keyring.remove(r, "x")):
+    for call in (keyslots.listing, lambda r: keyring.add(r, ONE), lambda r: removal.remove(r, "x")):
         with pytest.raises(UsageError, match="not encrypted"):
             call(make_lab("none").repository)
     assert len(slots(lab)) == 1
@@ -139,17 +148,17 @@ def test_the_last_full_slot_stays(lab: Lab) -> None:
     keyring.add(lab.repository, TWO, role="write", host="h", label="writer")
     before = slots(lab)
     with pytest.raises(UsageError, match="last full"):
-        keyring.remove(lab.repository, "keyfile")
+        removal.remove(lab.repository, "keyfile")
     assert slots(lab) == before
     keyring.add(lab.repository, THREE, label="second")
-    gone = keyring.remove(lab.repository, "keyfile")
+    gone = removal.remove(lab.repository, "keyfile")
     assert (gone.role, gone.remaining, gone.revoked) == ("full", 3, None)
     with pytest.raises(WrongKey):
         opened(lab, own(lab))
     with opened(lab, THREE) as repository, pytest.raises(UsageError, match="last full"):
-        keyring.remove(repository, "second")
+        removal.remove(repository, "second")
     with opened(lab, THREE) as repository:
-        assert keyring.remove(repository, "reader").remaining == 2
+        assert removal.remove(repository, "reader").remaining == 2
     with pytest.raises(WrongKey):
         opened(lab, ONE)
 
@@ -158,23 +167,23 @@ def test_a_slot_that_lacks_an_epoch_is_not_the_last_way_in(lab: Lab) -> None:
     keyring.add(lab.repository, ONE, label="old")
     keyring.rotate(lab.repository, own(lab))
     with opened(lab, own(lab)) as repository, pytest.raises(UsageError, match="every key epoch"):
-        keyring.remove(repository, "keyfile")  # `old` would be left, and it lacks epoch 2
+        removal.remove(repository, "keyfile")  # `old` would be left, and it lacks epoch 2
     with opened(lab, ONE) as repository:
         with pytest.raises(UsageError, match="every key epoch"):
-            keyring.remove(repository, "keyfile")
-        assert keyring.remove(repository, "old").remaining == 1
+            removal.remove(repository, "keyfile")
+        assert removal.remove(repository, "old").remaining == 1
 
 
 def test_names_of_slots(lab: Lab) -> None:
     added = keyring.add(lab.repository, ONE, label="café")
-    found, _, _ = keyring.read_slots(lab.repository)
+    found, _, _ = keyslots.read_slots(lab.repository)
     for text in ("café", added.slot, added.slot[:8], added.slot[:8].upper()):
-        assert keyring.find(found, text).slot == added.slot
+        assert keyslots.find(found, text).slot == added.slot
     for text in ("caf", added.slot[:3], "", "0" * 31 + "g"):
         with pytest.raises(UsageError, match="no key slot"):
-            keyring.find(found, text)
+            keyslots.find(found, text)
     with pytest.raises(UsageError, match="any of 2"):
-        keyring.find([*found, *found], added.slot)
+        keyslots.find([*found, *found], added.slot)
 
 
 class Turns:
@@ -204,11 +213,14 @@ class Turns:
     def run(self, jobs: list[Callable[[], None]]) -> None:
         """Run all jobs to their end, each in a thread."""
         alive: set[int] = set()
+        failed: list[BaseException] = []
 
         def work(number: int) -> None:
             self._local.number, self._local.deleted = number, False
             try:
                 jobs[number]()
+            except BaseException as error:
+                failed.append(error)
             finally:
                 alive.discard(number)
                 self._arrived.release()
@@ -225,6 +237,8 @@ class Turns:
             self._arrived.acquire()
         for thread in threads:
             thread.join()
+        for error in failed:
+            raise error
 
 
 def schedules(run: Callable[[Callable[[list[int]], int]], None]) -> Iterator[None]:
@@ -251,10 +265,10 @@ def racing(lab: Lab, targets: list[int], order: Callable[[list[int]], int]) -> l
     """Removals of slots (by number) at once, from a repository with as many full slots: which succeeded."""
     storage = lab.storage
     turns = Turns(storage, order)
-    found, _, _ = keyring.read_slots(lab.repository)
+    found, _, _ = keyslots.read_slots(lab.repository)
     done = [False] * len(targets)
 
-    def removal(number: int) -> Callable[[], None]:
+    def remover(number: int) -> Callable[[], None]:
         repository = Repository(
             turns,
             lab.repository.config,
@@ -264,14 +278,14 @@ def racing(lab: Lab, targets: list[int], order: Callable[[list[int]], int]) -> l
 
         def job() -> None:
             try:
-                keyring._delete(repository, found[targets[number]])
+                removal.delete_slot(repository, found[targets[number]])
                 done[number] = True
             except UsageError:
                 pass
 
         return job
 
-    turns.run([removal(number) for number in range(len(targets))])
+    turns.run([remover(number) for number in range(len(targets))])
     return done
 
 
@@ -320,12 +334,12 @@ def test_a_removal_that_was_killed_counts_as_done_until_it_is(lab: Lab) -> None:
     mark = lab.root / "slots" / f"{added.slot}.removing-{'0' * 16}"
     mark.touch()
     with pytest.raises(UsageError, match="being removed"):
-        keyring.remove(lab.repository, "keyfile")
-    shown = {slot.slot: slot.removing for slot in keyring.listing(lab.repository).slots}
+        removal.remove(lab.repository, "keyfile")
+    shown = {slot.slot: slot.removing for slot in keyslots.listing(lab.repository).slots}
     assert shown[added.slot] and sum(shown.values()) == 1
     with opened(lab, ONE):
         pass  # it opens as long as it is there
-    keyring.remove(lab.repository, "second")
+    removal.remove(lab.repository, "second")
     assert not mark.exists() and len(slots(lab)) == 1
 
 
@@ -356,7 +370,7 @@ def test_killed_at_every_step(lab: Lab, job: str) -> None:
     keyring.add(lab.repository, ONE, label="second")
     root = {path: path.read_bytes() for kind in ("slots", "epochs") for path in lab.paths(kind)}
     jobs: dict[str, Callable[[Repository], object]] = {
-        "remove": lambda repository: keyring.remove(repository, "second"),
+        "remove": lambda repository: removal.remove(repository, "second"),
         "change": lambda repository: keyring.change(repository, TWO),
         "rotate": lambda repository: keyring.rotate(repository, own(lab)),
     }
@@ -392,7 +406,7 @@ def test_killed_at_every_step(lab: Lab, job: str) -> None:
             lab.repository = opened(lab, TWO if job == "change" else own(lab))
             later = lab.backup(disk=noise(3, 1))
             assert later.content.name == "d"
-            found = keyring.listing(lab.repository)
+            found = keyslots.listing(lab.repository)
             assert not [slot for slot in found.slots if slot.removing] and not found.problems
             assert len(found.slots) == 1 if job == "remove" else len(found.slots) <= 3
         if not died:
@@ -416,7 +430,7 @@ def test_changing_the_secret(lab: Lab, role: str) -> None:
         opened(lab, ONE)
     with opened(lab, keys.passphrase("new words")) as repository:
         assert repository.secrets.role == role
-        assert [slot.label for slot in keyring.listing(repository).slots] == ["keyfile", "mine"]
+        assert [slot.label for slot in keyslots.listing(repository).slots] == ["keyfile", "mine"]
 
 
 # --- rotating --------------------------------------------------------------------------------------
@@ -532,7 +546,7 @@ def test_a_revoked_writer_signs_no_more(lab: Lab) -> None:
     full = lab.repository
     writer = writing(lab, label="db1")
     before = lab.backup(disk=noise(2))
-    removed = keyring.remove(full, "db1")
+    removed = removal.remove(full, "db1")
     assert removed.revoked == (before.public.writer and before.public.writer.writer)
     assert (removed.kept, removed.role, removed.remaining) == (1, "write", 1)
     with pytest.raises(WrongKey):
@@ -550,14 +564,14 @@ def test_a_revoked_writer_signs_no_more(lab: Lab) -> None:
     with pytest.raises(reference.Damaged, match="revoked"):
         other.resolve(listing.problems[0].id)
     # Without a slot it is named by what it signed; a second time nothing changes.
-    assert keyring.remove(opened(lab, own(lab)), "db1").kept == 1
+    assert removal.remove(opened(lab, own(lab)), "db1").kept == 1
     assert writer.secrets.writer is not None
 
 
 def test_a_revocation_that_is_deleted_still_counts_here(lab: Lab) -> None:
     full = lab.repository
     writing(lab, label="db1")
-    removed = keyring.remove(full, "db1")
+    removed = removal.remove(full, "db1")
     with pytest.raises(IntegrityError, match="revoked"):
         lab.backup(disk=noise(2))
     assert opened(lab, own(lab)).revoked()
@@ -584,7 +598,7 @@ def test_junk_among_revocations_revokes_nobody(lab: Lab) -> None:
             problems = check(repository, Silent()).problems
             assert {problem.kind for problem in problems} == {"revocation"}
     with pytest.raises(UsageError, match="there already"):
-        keyring.remove(full, "db1")
+        removal.remove(full, "db1")
     assert len(slots(lab)) == 2, "what could not be revoked keeps its slot"
 
 
