@@ -71,6 +71,10 @@ class Vault:
     def add_key(self, cipher: int, key: bytes) -> int:
         """Add a session key; returns its handle. cipher: 1 AES-256-GCM, 2 ChaCha20-Poly1305."""
     def block_id(self, content: bytes) -> bytes: ...
+    def page_id(self, level: int, first: int, slots: Slots, names: Names, holder: int | None = None) -> bytes:
+        """The id that a map page of these slots has in pack `holder` (None: in one that no slot refers to).
+
+        Raises ValueError where a pack has no name yet."""
     def open_page(
         self, record: bytes, keys: Sequence[int | None], names: Names, holder: int
     ) -> tuple[bytes, int, int, Slots]:

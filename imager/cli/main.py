@@ -41,6 +41,7 @@ VERBS = (
     "forget",
     "pin",
     "prune",
+    "key",
     "lab",
     "completion",
 )
@@ -56,7 +57,8 @@ group = LazyGroup(
 
     Every option has an environment variable: IMAGER_REPO, IMAGER_PROGRESS,
     IMAGER_BACKUP_COMPRESSION and so on. The passphrase comes from a prompt, or
-    from IMAGER_PASSPHRASE, IMAGER_PASSPHRASE_FILE or IMAGER_PASSPHRASE_COMMAND.
+    from IMAGER_PASSPHRASE, IMAGER_PASSPHRASE_FILE or IMAGER_PASSPHRASE_COMMAND;
+    docs/reference/environment.md has every way, in its order.
     """,
     epilog="Exit codes: 0 done, 1 failed or differs, 2 usage, 3 incomplete, 10 no repository, "
     "11 locked, 12 wrong key, 20 refused by the write guard, 21 not confirmed, 30 damage, 130 interrupted.",

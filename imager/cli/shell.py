@@ -31,9 +31,11 @@ class Settings:
     repo: str | None = None
     passphrase_file: str | None = None
     passphrase_command: str | None = None
+    passphrase_fd: int | None = None
     keyfile: str | None = None
     limit_upload: int | None = None
     limit_download: int | None = None
+    recovery_key_file: str | None = None
     json: bool = False
     progress: str = "auto"
     verbose: int = 0
@@ -58,6 +60,11 @@ class Shell:
         sys.stdout.write(encode(value) + "\n")
         sys.stdout.flush()
 
+    def fields(self, value: object) -> dict[str, Any]:
+        """The fields of a result, to be joined with others."""
+        found: dict[str, Any] = plain(value)
+        return found
+
     def message(self, message_type: str, value: object) -> None:
         """A line of the JSON stream of a long job."""
         self.document({"message_type": message_type, **plain(value)})
@@ -80,13 +87,28 @@ class Shell:
         return self.settings.repo
 
     def credentials(self) -> Credentials:
-        """Where the passphrase or key comes from."""
+        """Where the secret that opens the repository comes from."""
         from imager.repository.credentials import Credentials
 
         return Credentials(
             passphrase_file=self.settings.passphrase_file,
             passphrase_command=self.settings.passphrase_command,
+            passphrase_fd=self.settings.passphrase_fd,
             keyfile=self.settings.keyfile,
+            recovery_key_file=self.settings.recovery_key_file,
+        )
+
+    def new_credentials(
+        self, *, keyfile: str | None, passphrase_file: str | None, passphrase_command: str | None
+    ) -> Credentials:
+        """Where the secret of a new key slot comes from: these options, or IMAGER_NEW_ variables."""
+        from imager.repository.credentials import Credentials
+
+        return Credentials(
+            keyfile=keyfile,
+            passphrase_file=passphrase_file,
+            passphrase_command=passphrase_command,
+            prefix="IMAGER_NEW_",
         )
 
     def credentials_of(self, keyfile: str | None, passphrase_file: str | None) -> Credentials:

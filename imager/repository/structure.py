@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from imager import _native
 from imager.errors import IntegrityError
 from imager.events import Reporter
-from imager.repository import absent, imageset, index, keys, references, sessions, tombstones
+from imager.repository import absent, imageset, index, keys, references, sessions, tombstones, writers
 from imager.repository.findings import Problem, Survey
 from imager.repository.format import (
     DAMAGED,
@@ -72,9 +72,17 @@ def _secrets(found: Survey) -> None:
         found.problems.append(Problem("slot", SLOTS, lost))
     for slot in slots:
         try:
-            keys.parse_slot(storage.read(SLOTS + slot, 0, MAX_SMALL_JSON + 1), slot, repository.id)
+            raw = storage.read(SLOTS + slot, 0, MAX_SMALL_JSON + 1)
+            writer = keys.parse_slot(raw, slot, repository.id).writer
+            if writer is not None and not writers.is_certified(repository.id, repository.verify_key, writer):
+                raise IntegrityError(f"key slot {slot} has a certificate that this repository never gave")
         except (IntegrityError, NotFound) as error:
             found.problems.append(Problem("slot", SLOTS + slot, error.message))
+    revoked = repository.revoked()
+    for name, detail in repository.revocation_problems:
+        found.problems.append(Problem("revocation", name, detail))
+    if revoked:
+        found.notes.append(f"{len(revoked)} writers are revoked: {', '.join(sorted(revoked))}")
     present = numbered(storage.list_names(EPOCHS))
     if not present and not repository.secrets.epochs:
         found.problems.append(
@@ -108,6 +116,10 @@ def _sets(found: Survey) -> None:
     forgotten = tombstones.digests(found.repository)
     for set_id, text in imageset.chain_problems(listing, forgotten, left_out):
         found.problems.append(Problem("chain", f"sets/{set_id}", text))
+    for set_id in imageset.ahead(listing.sets):
+        found.notes.append(
+            f"image set {set_id} says that it was taken in the future: a wrong clock, or a forgery"
+        )
     witness = Witness(found.repository.place)
     damaged_ids = [damaged.id for damaged in listing.problems]
     for text in witness.observe(listing.sets, damaged=damaged_ids, forgotten=forgotten):
@@ -269,9 +281,15 @@ def _maps(found: Survey) -> None:
     repository = found.repository
     if found.keyless:
         found.notes.append(references.UNTOLD)
-        references.survey_maps(found)
-    else:
+    unread = [manifest for manifest in found.listing.sets if found.keyless or manifest.body is None]
+    references.survey_maps(found, unread)
+    if not found.keyless:
         _pages(found)
+        if unread:
+            found.notes.append(
+                f"{len(unread)} of {len(found.listing.sets)} image sets cannot be read with this key: they "
+                f"were checked as without one. {references.UNTOLD}"
+            )
     for number in found.used:
         name = repository.names.name(number)
         if name is None or number in found.bad or number in found.aside:
@@ -291,7 +309,7 @@ def _maps(found: Survey) -> None:
 def _pages(found: Survey) -> None:
     seen: Seen = set()
     for manifest in found.listing.sets:
-        for image in manifest.images:
+        for image in manifest.images if manifest.body is not None else ():
             for page in pages(found.repository, image, seen):
                 found.pages += 1
                 found.used.add(page.pack)

@@ -21,7 +21,7 @@ from typing import Protocol
 
 TOP = (
     "config", "slots", "epochs", "sessions", "sets", "packs", "maps", "index", "condemned", "damaged",
-    "forgotten", "pins", "absent", "checked",
+    "revoked", "forgotten", "pins", "absent", "checked",
 )  # fmt: skip
 "What a repository has at its top, but for a folder's staging area."
 _NAME = re.compile(r"[0-9A-Za-z_-][0-9A-Za-z._-]*(?:/[0-9A-Za-z_-][0-9A-Za-z._-]*)*")

@@ -104,6 +104,13 @@ impl Vault {
         self.ids.block(content)
     }
 
+    #[pyo3(signature = (level, first, slots, names, holder=None))]
+    fn page_id(&self, level: u8, first: u64, slots: &Slots, names: &Names, holder: Option<u32>) -> PyResult<[u8; 32]> {
+        // No pack has the last number: then no slot refers to the page's own pack.
+        let (public, sealed) = page::encode(level, first, &slots.0, &names.0, holder.unwrap_or(u32::MAX))?;
+        Ok(self.ids.page(&public, &sealed))
+    }
+
     fn open_page(
         &self, record: &[u8], keys: Vec<Option<u32>>, names: &Names, holder: u32,
     ) -> PyResult<([u8; 32], u8, u64, Slots)> {
