@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -554,6 +555,22 @@ def test_it_ends_with_its_input(root: Path) -> None:
     out, err = process.communicate(wire.preamble() + frames([(1, wire.Open(str(root)), b"")]))
     assert process.returncode == 0 and err == b""
     assert out.startswith(wire.preamble())
+
+
+def test_it_ends_when_it_is_told_to(root: Path) -> None:
+    """In the midst of an upload: nothing of it is left."""
+    before = tree(root)
+    process = serve("--restrict", str(root))
+    assert process.stdin and process.stdout
+    process.stdin.write(
+        wire.preamble() + frames([(1, wire.Open(str(root)), b""), (2, wire.Write(1, 0), bytes(1000))])
+    )
+    process.stdin.flush()
+    assert process.stdout.read(16) == wire.preamble()
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and err.startswith(b"error: interrupted by SIGTERM")
+    assert tree(root) == before and os.listdir(root / "tmp") == []
 
 
 def test_its_options(root: Path) -> None:
