@@ -6,12 +6,14 @@ import os
 import random
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -211,6 +213,47 @@ def test_making_a_repository(peer, tmp_path: Path) -> None:
     assert other.kind(wire.Begin()) is None
     other.hang_up()
     assert peer(place).kind(wire.Begin()) is None, "the lock ends with its connection"
+
+
+def test_by_the_page(root: Path) -> None:
+    """A client that knows docs/design/wire-protocol.md and none of our code. Its bytes are version 1."""
+
+    def frame(number: int, head: dict[str, object], body: bytes = b"") -> bytes:
+        packed = msgspec.msgpack.encode(head)
+        return struct.pack("<III", number, len(packed), len(body)) + packed + body
+
+    said = b"IMGRWIRE" + struct.pack("<HHI", 1, 1, 0)
+    said += frame(1, {"verb": "open", "path": str(root)})
+    said += frame(2, {"verb": "create", "name": "sets/a"}, b"hello")
+    said += frame(3, {"verb": "write", "upload": 9, "offset": 0}, b"by ")
+    said += frame(4, {"verb": "write", "upload": 9, "offset": 3}, b"pieces")
+    said += frame(5, {"verb": "publish", "upload": 9, "name": "packs/aa/aa", "size": 9})
+    said += frame(6, {"verb": "read", "name": "config"})
+    said += frame(7, {"verb": "read", "name": "slots/one", "offset": 2, "length": 3})
+    said += frame(8, {"verb": "exists", "name": "sets/none"})
+    said += frame(9, {"verb": "delete", "name": "sets/none"})
+    said += frame(10, {"verb": "list", "prefix": "slots/", "sizes": True})
+    done, _ = serve().communicate(said)
+    assert done[:16] == b"IMGRWIRE" + struct.pack("<HHI", 1, 1, 0)
+    answers: dict[int, tuple[dict[str, object], bytes]] = {}
+    at = 16
+    while at < len(done):
+        number, head, body = struct.unpack_from("<III", done, at)
+        at += 12
+        value = msgspec.msgpack.decode(done[at : at + head])
+        answers[number] = value, done[at + head : at + head + body]
+        at += head + body
+    assert set(answers) == {1, 2, 5, 6, 7, 8, 9, 10}
+    assert msgspec.msgpack.decode(answers[1][1])["mode"] == "full"
+    assert answers[2] == ({}, b"") and answers[5] == ({}, b"")
+    assert answers[6] == ({}, CONFIG) and answers[7] == ({}, b"slo")
+    assert answers[8] == ({"value": 0}, b"")
+    error = answers[9][0]["error"]
+    assert (
+        isinstance(error, dict) and error["kind"] == "not-found" and set(error) == {"kind", "message", "hint"}
+    )
+    assert answers[10] == ({}, b"6 slots/one\n")
+    assert (root / "packs/aa/aa").read_bytes() == b"by pieces"
 
 
 # --- what nobody may ---------------------------------------------------------------------------
