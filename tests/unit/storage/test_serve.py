@@ -374,7 +374,10 @@ def test_append_only(peer, root: Path, restrict: bool) -> None:
     assert one.kind(wire.Delete(SESSION)) == "refused", "its set is there"
     for request in (wire.Create("probe/a"), wire.Move("probe/a", "probe/b"), wire.Delete("probe/b")):
         assert one.kind(request) is None, "what doctor tries is no part of a repository"
+    assert one.fetch(wire.Strangers())[1] == b""
     assert one.kind(wire.Sweep()) is None
+    one.hang_up()
+    assert not (root / "probe").exists()
 
 
 def test_an_append_only_writer_takes_back_its_own_announcement_only(peer, root: Path) -> None:
