@@ -79,40 +79,37 @@ class Fetcher:
         `quiet`: the reporter has been told of these bytes already.
         """
         self._quiet = quiet
+        for failures, reasons in self._passes(gather):
+            if failures:
+                failures = self._elsewhere(failures)
+            yield [damage for failure in failures for damage in self._damage(failure, reasons)]
+
+    def _passes(self, gather: Gather) -> Iterator[tuple[list[Failure], dict[int, str]]]:
+        """Slice by slice: what failed, and why packs that failed altogether did."""
         if self._repository.storage.local:
-            for start, end in self._cuts(gather, SLICE_BYTES, _PACKS):
-                yield self._told(*self._attempt(gather, start, end))
+            for start, end in self._cuts(gather):
+                yield self._attempt(gather, start, end)
             return
         from imager.repository import ahead
 
-        with ahead.slices(self._repository, gather, self._cuts(gather, ahead.SLICE, ahead.PACKS)) as coming:
+        cuts = ahead.cuts(gather, self._geometry.block_size)
+        with ahead.slices(self._repository, gather, cuts) as coming:
             for one in coming:
-                yield self._told(self._fetch(gather, one.start, one.end, one.readers), one.reasons)
+                yield self._fetch(gather, one.start, one.end, one.readers), one.reasons
 
-    def _cuts(self, gather: Gather, size: int, most_packs: int) -> Iterator[tuple[int, int]]:
-        """Slices of about `size` bytes of image, out of not too many packs."""
-        most = max(1, size // self._geometry.block_size)
+    def _cuts(self, gather: Gather) -> Iterator[tuple[int, int]]:
+        """Slices of bounded size, out of not too many packs."""
+        most = max(1, SLICE_BYTES // self._geometry.block_size)
         start, total = 0, len(gather)
         while start < total:
             end = gather.slice_end(start, most)
-            while len(gather.packs(start, end)) > most_packs and end > start + 1:
+            while len(gather.packs(start, end)) > _PACKS and end > start + 1:
                 end = start + (end - start) // 2
             yield start, end
             start = end
 
-    def _told(self, failures: list[Failure], reasons: dict[int, str]) -> list[Damage]:
-        if failures:
-            failures = self._elsewhere(failures)
-        return [damage for failure in failures for damage in self._damage(failure, reasons)]
-
     def _attempt(self, gather: Gather, start: int, end: int) -> tuple[list[Failure], dict[int, str]]:
         """What failed, and why packs that failed altogether did."""
-        if not self._repository.storage.local:
-            from imager.repository import ahead
-
-            with ahead.slices(self._repository, gather, [(start, end)]) as coming:
-                one = next(coming)
-                return self._fetch(gather, start, end, one.readers), one.reasons
         packs = gather.packs(start, end)
         reasons: dict[int, str] = {}
         try:
@@ -144,7 +141,7 @@ class Fetcher:
         gather.sort()
         if not len(gather):
             return hopeless
-        again, _ = self._attempt(gather, 0, len(gather))
+        again = [failure for failures, _ in self._passes(gather) for failure in failures]
         lost = [hoped[failure.blocks[0]] for failure in again]
         self.moved += sum(len(failure.blocks) for failure in hoped.values())
         self.moved -= sum(len(failure.blocks) for failure in lost)

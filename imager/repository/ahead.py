@@ -24,9 +24,11 @@ from imager.storage.errors import Gone, NotFound, StorageError, Unavailable
 
 SLICE = 24 << 20
 "Image bytes of one slice."
-AHEAD = 96 << 20
-"Bytes of packs that are held or under way at once; one slice may always be."
-PACKS = 64
+AHEAD = 72 << 20
+"Bytes of packs that are held or under way before another slice is begun."
+_MOST = 4 * SLICE
+"Bytes of packs that one slice may come to, with what is fetched along."
+_PACKS = 64
 "Packs of one slice: each is an open file."
 _SLICES = 6
 _GAP = 1 << 20
@@ -56,6 +58,24 @@ class Slice:
     packs: list[_Pack]
     readers: dict[int, Reader] = field(default_factory=dict)
     reasons: dict[int, str] = field(default_factory=dict)
+
+
+def cuts(gather: Gather, block_size: int) -> Iterator[tuple[int, int]]:
+    """A gather in slices that are bounded in every way: image bytes, packs, bytes of them."""
+    most = max(1, SLICE // block_size)
+    start, total = 0, len(gather)
+    while start < total:
+        end = gather.slice_end(start, most)
+        while end > start + 1 and not _fits(gather, start, end):
+            end = start + (end - start) // 2
+        yield start, end
+        start = end
+
+
+def _fits(gather: Gather, start: int, end: int) -> bool:
+    if len(gather.packs(start, end)) > _PACKS:
+        return False
+    return sum(high - low for _, low, high in gather.spans(start, end, _GAP)) <= _MOST
 
 
 @contextmanager

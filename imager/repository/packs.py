@@ -274,8 +274,8 @@ class PackAccess(ABC):
 
     def expect_page(self, number: int, offset: int, length: int) -> None:
         """Say that a page will be read soon: of a far storage it is asked for now."""
-        if not self.storage.local:
-            for index in range(offset // _CHUNK, (offset + max(length, 1) - 1) // _CHUNK + 1):
+        if not self.storage.local and RECORD_HEAD <= length <= RECORD_HEAD + MAX_PAGE:
+            for index in range(offset // _CHUNK, (offset + length - 1) // _CHUNK + 1):
                 self._ask(number, index)
 
     def _chunk(self, number: int, index: int) -> bytes:

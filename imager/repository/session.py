@@ -110,6 +110,12 @@ class _Publisher:
         if self._error is not None:
             raise self._error
 
+    def cancel(self) -> None:
+        """Forget the jobs that have not begun."""
+        with self._changed:
+            self._jobs.clear()
+            self._changed.notify_all()
+
     def close(self) -> None:
         """Let the threads end after the jobs that are queued, and wait for them."""
         with self._changed:
@@ -286,6 +292,8 @@ class Session:
         """End without a set: forget what is staged. Does nothing after `commit` or a second time."""
         if self._ended:
             return
+        if not self.repository.storage.local:
+            self._publisher.cancel()  # Nobody waits for uploads that nobody wants.
         self._end()
         with self._lock:
             staged, self._staged = list(self._staged.values()), {}

@@ -47,7 +47,7 @@ class ObjectStorage:
 
     @classmethod
     def connect(cls, url: str) -> ObjectStorage:
-        """The storage at `s3://bucket/prefix`, `gs://bucket/prefix` or `az://account/container/prefix`.
+        """The storage at `s3://bucket/prefix`, `gs://bucket/prefix` or `az://container/prefix`.
 
         Makes no call yet: credentials and endpoint are what the environment says,
         as for the store's own tools. Raises `UsageError`.
@@ -205,9 +205,12 @@ class ObjectStorage:
     @contextmanager
     def initializing(self) -> Iterator[None]:
         """Keep other preparations out by an object of their name; nothing else needs preparing."""
+        from imager.storage.retry import Retrying
+
+        calls = Retrying(self)
         mine = f"{socket.gethostname()} {os.getpid()} {os.urandom(8).hex()}\n".encode()
         try:
-            self.create(_LOCK, mine)
+            calls.create(_LOCK, mine)
         except AlreadyExists as error:
             raise Locked(
                 f"another process is creating a repository in {self.url}",
@@ -216,7 +219,7 @@ class ObjectStorage:
         try:
             yield
         finally:
-            self.delete(_LOCK)
+            calls.delete(_LOCK)
 
     def strangers(self) -> list[str]:
         """Names below the prefix that no repository has. Raises `StorageError`."""

@@ -73,6 +73,15 @@ class Slow(Wrapper):
         return do()
 
 
+class Distant(Wrapper):
+    """A storage that is used as if it were far: nothing is read in place."""
+
+    @property
+    def local(self) -> bool:
+        """See `Storage.local`."""
+        return False
+
+
 class Faulty(Wrapper):
     """Fails calls as `plan` says: it is asked (number from 0, call, name).
 

@@ -109,6 +109,8 @@ def write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
 @contextmanager
 def mapped(fd: int, size: int) -> Iterator[mmap | bytes]:
     """The bytes of a spooled file as one buffer, without a copy in memory."""
+    if fd < 0:
+        raise ValueError("the staged bytes are discarded")  # mmap would make zeroes of it.
     if not size:
         yield b""
         return
