@@ -68,6 +68,8 @@ click.version_option(__version__, message="imager %(version)s")(group)
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    if (retry := sys.modules.get("imager.storage.retry")) is not None:
+        retry.give_up()
     # No subclass of Exception: nothing on the way that forgives errors may take it for one.
     raise KeyboardInterrupt(signal.Signals(number).name)
 

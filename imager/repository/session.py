@@ -291,7 +291,8 @@ class Session:
         """End without a set: forget what is staged. Does nothing after `commit` or a second time."""
         if self._ended:
             return
-        self._publisher.cancel()
+        if not self.repository.storage.local:
+            self._publisher.cancel()  # Nobody waits for uploads that nobody wants.
         self._end()
         with self._lock:
             staged, self._staged = list(self._staged.values()), {}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import random
-import time
+import threading
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -31,6 +31,18 @@ _FIRST_WAIT = 0.1
 _LONGEST_WAIT = 15.0
 
 
+_ending = threading.Event()
+
+
+def give_up() -> None:
+    """Repeat nothing any more: the process is about to end, and waits for calls that are under way."""
+    _ending.set()
+
+
+def _pause(seconds: float) -> None:
+    _ending.wait(seconds)
+
+
 class Retrying(Wrapper):
     """A storage whose calls are repeated, with growing pauses, while it is `Unavailable`."""
 
@@ -39,7 +51,7 @@ class Retrying(Wrapper):
         inner: Storage,
         *,
         patience: float = PATIENCE,
-        sleep: Callable[[float], None] = time.sleep,
+        sleep: Callable[[float], None] = _pause,
     ) -> None:
         super().__init__(inner)
         self._patience = patience
@@ -62,10 +74,14 @@ class Retrying(Wrapper):
                 return result
             except Unavailable:
                 # Pauses are counted, not the clock: a machine that slept has not been patient.
-                if waited >= (self._patience if self._answered else min(FIRST_PATIENCE, self._patience)):
+                if _ending.is_set() or waited >= (
+                    self._patience if self._answered else min(FIRST_PATIENCE, self._patience)
+                ):
                     raise
                 moment = random.uniform(pause / 2, pause)
                 self._sleep(moment)
+                if _ending.is_set():
+                    raise
                 waited += moment
                 pause = min(pause * 2, _LONGEST_WAIT)
                 self.repeated += 1

@@ -18,11 +18,12 @@ FULL = "full"
 APPEND_ONLY = "append-only"
 READ_ONLY = "read-only"
 
+TRIED = "probe/"
+"No part of any repository: `imager doctor` tries there what a storage can do, and cleans up."
+
 # What a backup writes. A new repository's own parts may be made only while there is none.
 _APPENDED = ("sessions/", "sets/", "packs/", "maps/", "index/")
 _MADE = ("slots/", "epochs/")
-# No part of any repository: imager doctor tries there what a storage can do, and cleans up.
-_TRIED = "probe/"
 _MARK = b'"format":"imager"'
 _ELSEWHERE = "do it on the machine that holds the repository, or over a key that is not so restricted"
 
@@ -59,7 +60,7 @@ class Rights:
         if self.mode == FULL:
             return
         found = self._repository()
-        parts = ("", *TOP, _TRIED.rstrip("/"))
+        parts = ("", *TOP, TRIED.rstrip("/"))
         if not found and not (found is None and name.partition("/")[0] in parts):
             raise wire.Refused(
                 f"looking at {name or 'everything'} is refused: there is no repository in {self._root}",
@@ -76,7 +77,7 @@ class Rights:
         if self.mode == FULL:
             return
         if self.mode == APPEND_ONLY:
-            if name.startswith(_TRIED) or (name.startswith(_APPENDED) and self._repository()):
+            if name.startswith(TRIED) or (name.startswith(_APPENDED) and self._repository()):
                 return
             if self.making and (name == "config" or name.startswith(_MADE)):
                 return
@@ -97,7 +98,7 @@ class Rights:
         if self.mode == FULL:
             return
         if self.mode == APPEND_ONLY:
-            if name.startswith(_TRIED) or (self.making and name.startswith(_MADE)):
+            if name.startswith(TRIED) or (self.making and name.startswith(_MADE)):
                 return
             set_name = "sets/" + name.removeprefix("sessions/")
             if name in self._announced and not os.path.lexists(f"{self._root}/{set_name}"):
@@ -106,7 +107,7 @@ class Rights:
 
     def move(self, name: str, target: str) -> None:
         """Give an object another name."""
-        tried = name.startswith(_TRIED) and target.startswith(_TRIED)
+        tried = name.startswith(TRIED) and target.startswith(TRIED)
         if self.mode != FULL and not (self.mode == APPEND_ONLY and tried):
             raise self._refuse(f"moving {name}")
 

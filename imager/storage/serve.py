@@ -23,7 +23,7 @@ from imager.storage import wire
 from imager.storage.base import Staged
 from imager.storage.errors import Gone, NotFound, refusal
 from imager.storage.folder import FolderStorage
-from imager.storage.rights import Confines, Rights
+from imager.storage.rights import TRIED, Confines, Rights
 
 _Result: TypeAlias = int | bytes | None
 
@@ -60,6 +60,7 @@ class Server:
         self._rights = Rights(mode, "")
         self._confines = Confines(restrict)
         self._storage: FolderStorage | None = None
+        self._tried = False
         self._uploads: dict[int, _Upload] = {}
         self._preparing: AbstractContextManager[None] | None = None
         self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(wire.MAX_IN_FLIGHT)
@@ -103,6 +104,11 @@ class Server:
         self._uploads.clear()
         if self._preparing is not None:
             self._end_making()
+        if self._storage is not None and self._tried:
+            try:
+                os.rmdir(f"{self._storage.root}/{TRIED}")
+            except OSError:
+                pass  # Another one is at it; the last one takes it.
 
     # --- answers ----------------------------------------------------------------------
 
@@ -260,6 +266,7 @@ class Server:
                 self._rights.create(named(request.name))
                 storage.create(request.name, body)
                 self._rights.created(request.name)
+                self._tried = self._tried or request.name.startswith(TRIED)
             case wire.Move():
                 self._rights.move(named(request.name), named(request.target))
                 storage.move(request.name, request.target)
@@ -269,7 +276,7 @@ class Server:
             case wire.Space():
                 return storage.free_space()
             case wire.Strangers():
-                names = storage.strangers()[:_MAX_STRANGERS]
+                names = [name for name in storage.strangers() if f"{name}/" != TRIED][:_MAX_STRANGERS]
                 return wire.lines([wire.printable(os.fsencode(n).decode(errors="replace")) for n in names])
             case wire.Sweep():
                 self._rights.sweep()

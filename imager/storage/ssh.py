@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,7 +83,8 @@ class Address:
         argv += ["-oBatchMode=yes"] if unattended else []
         argv += ["-p", str(self.port)] if self.port is not None else []
         argv += ["-l", self.user] if self.user is not None else []
-        return [*argv, "--", self.host, shlex.join([remote, "serve", "--stdio"])]
+        # Of `remote` every character is safe for a shell, and a tilde is for it to read.
+        return [*argv, "--", self.host, f"{remote} serve --stdio"]
 
 
 class _Link:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
+from imager.engine.verify import verify
+from imager.events import Silent
+from imager.repository.check import check
+from imager.repository.repository import Repository
+from imager.storage.location import open_storage
 from tests.cli.conftest import Imager
 from tests.sshd import Sshd
+from tests.unit.test_golden import GOLDEN, unpack
+from tests.workbench import Workbench
 
 
 @pytest.fixture
@@ -43,3 +51,21 @@ def test_a_whole_life(imager: Imager, sshd: Sshd, image: Path, tmp_path: Path, e
         out = tmp_path / f"{one['set']}.img"
         imager.ok("-r", url, "restore", one["set"], out)
         assert out.read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["keyfile-zstd", "passphrase-stream"])
+def test_a_golden_repository(sshd: Sshd, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an earlier version wrote is whole when it is read from afar, with a key that may only read."""
+    monkeypatch.setenv("IMAGER_STATE_DIR", str(tmp_path / "state"))
+    place = sshd.served / name
+    unpack(name, place)
+    facts = json.loads((GOLDEN / f"{name}.json").read_text())
+    sshd.client(name, forced=f"--stdio --read-only --restrict {place}").use(monkeypatch)
+    bench = Workbench(tmp_path, encryption=facts["encryption"], create=False)
+    storage = open_storage(sshd.url(place / "repo"))
+    with Repository.open(storage, bench.credentials) as repository:
+        found = check(repository, Silent(), read_data="all")
+        assert found.ok and found.packs_read
+        for one in facts["sets"]:
+            assert verify(repository, one["set"], Silent()).ok
+    storage.close()

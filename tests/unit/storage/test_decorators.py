@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,6 +47,25 @@ def test_pauses_grow_and_end(folder: FolderStorage) -> None:
     with pytest.raises(Unavailable):
         storage.read("config")
     assert PATIENCE <= sum(pauses) < PATIENCE + 20 and max(pauses) <= 15
+
+
+def test_nothing_is_repeated_when_the_process_ends(
+    folder: FolderStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from imager.storage import retry
+
+    monkeypatch.setattr(retry, "_ending", threading.Event())
+    faulty = failing(folder, 10**6)
+    storage = Retrying(faulty)
+    storage._answered = True
+    threading.Timer(0.3, retry.give_up).start()
+    with pytest.raises(Unavailable):
+        storage.read("config")
+    assert faulty.made < 10  # It would have gone on for minutes.
+    made = faulty.made
+    with pytest.raises(Unavailable):
+        storage.read("config")
+    assert faulty.made == made + 1
 
 
 def test_only_what_may_pass_is_repeated(folder: FolderStorage) -> None:
@@ -116,8 +136,6 @@ def test_rates_are_kept(folder: FolderStorage) -> None:
 
 
 def test_uploads_under_way_are_bounded_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    import threading
-
     monkeypatch.setattr(spool, "_uploads", spool.Budget(1000))
     lock, most, now = threading.Lock(), 0, 0
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -212,6 +215,47 @@ def test_making_a_repository(peer, tmp_path: Path) -> None:
     assert peer(place).kind(wire.Begin()) is None, "the lock ends with its connection"
 
 
+def test_by_the_page(root: Path) -> None:
+    """A client that knows docs/design/wire-protocol.md and none of our code. Its bytes are version 1."""
+
+    def frame(number: int, head: dict[str, object], body: bytes = b"") -> bytes:
+        packed = msgspec.msgpack.encode(head)
+        return struct.pack("<III", number, len(packed), len(body)) + packed + body
+
+    said = b"IMGRWIRE" + struct.pack("<HHI", 1, 1, 0)
+    said += frame(1, {"verb": "open", "path": str(root)})
+    said += frame(2, {"verb": "create", "name": "sets/a"}, b"hello")
+    said += frame(3, {"verb": "write", "upload": 9, "offset": 0}, b"by ")
+    said += frame(4, {"verb": "write", "upload": 9, "offset": 3}, b"pieces")
+    said += frame(5, {"verb": "publish", "upload": 9, "name": "packs/aa/aa", "size": 9})
+    said += frame(6, {"verb": "read", "name": "config"})
+    said += frame(7, {"verb": "read", "name": "slots/one", "offset": 2, "length": 3})
+    said += frame(8, {"verb": "exists", "name": "sets/none"})
+    said += frame(9, {"verb": "delete", "name": "sets/none"})
+    said += frame(10, {"verb": "list", "prefix": "slots/", "sizes": True})
+    done, _ = serve().communicate(said)
+    assert done[:16] == b"IMGRWIRE" + struct.pack("<HHI", 1, 1, 0)
+    answers: dict[int, tuple[dict[str, object], bytes]] = {}
+    at = 16
+    while at < len(done):
+        number, head, body = struct.unpack_from("<III", done, at)
+        at += 12
+        value = msgspec.msgpack.decode(done[at : at + head])
+        answers[number] = value, done[at + head : at + head + body]
+        at += head + body
+    assert set(answers) == {1, 2, 5, 6, 7, 8, 9, 10}
+    assert msgspec.msgpack.decode(answers[1][1])["mode"] == "full"
+    assert answers[2] == ({}, b"") and answers[5] == ({}, b"")
+    assert answers[6] == ({}, CONFIG) and answers[7] == ({}, b"slo")
+    assert answers[8] == ({"value": 0}, b"")
+    error = answers[9][0]["error"]
+    assert (
+        isinstance(error, dict) and error["kind"] == "not-found" and set(error) == {"kind", "message", "hint"}
+    )
+    assert answers[10] == ({}, b"6 slots/one\n")
+    assert (root / "packs/aa/aa").read_bytes() == b"by pieces"
+
+
 # --- what nobody may ---------------------------------------------------------------------------
 
 ESCAPES = [
@@ -330,7 +374,10 @@ def test_append_only(peer, root: Path, restrict: bool) -> None:
     assert one.kind(wire.Delete(SESSION)) == "refused", "its set is there"
     for request in (wire.Create("probe/a"), wire.Move("probe/a", "probe/b"), wire.Delete("probe/b")):
         assert one.kind(request) is None, "what doctor tries is no part of a repository"
+    assert one.fetch(wire.Strangers())[1] == b""
     assert one.kind(wire.Sweep()) is None
+    one.hang_up()
+    assert not (root / "probe").exists()
 
 
 def test_an_append_only_writer_takes_back_its_own_announcement_only(peer, root: Path) -> None:
@@ -554,6 +601,22 @@ def test_it_ends_with_its_input(root: Path) -> None:
     out, err = process.communicate(wire.preamble() + frames([(1, wire.Open(str(root)), b"")]))
     assert process.returncode == 0 and err == b""
     assert out.startswith(wire.preamble())
+
+
+def test_it_ends_when_it_is_told_to(root: Path) -> None:
+    """In the midst of an upload: nothing of it is left."""
+    before = tree(root)
+    process = serve("--restrict", str(root))
+    assert process.stdin and process.stdout
+    process.stdin.write(
+        wire.preamble() + frames([(1, wire.Open(str(root)), b""), (2, wire.Write(1, 0), bytes(1000))])
+    )
+    process.stdin.flush()
+    assert process.stdout.read(16) == wire.preamble()
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and err.startswith(b"error: interrupted by SIGTERM")
+    assert tree(root) == before and os.listdir(root / "tmp") == []
 
 
 def test_its_options(root: Path) -> None:
