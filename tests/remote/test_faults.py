@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -359,3 +361,56 @@ def test_the_guard_still_knows_a_local_repository(tmp_path: Path) -> None:
     folder = FolderStorage(str(tmp_path))
     assert local_path(Limited(folder, Limits(upload=1))) == str(tmp_path)
     assert local_path(ObjectStorage("s3://b/x", None)) is None  # type: ignore[arg-type]
+
+
+def command(far: Far, *arguments: str | Path) -> list[str]:
+    keyfile = str(far.folder / "key")
+    return [sys.executable, "-m", "imager", "-r", far.url, "--keyfile", keyfile, *map(str, arguments)]
+
+
+def test_an_interrupt_ends_a_backup_that_waits_for_a_dead_server(far: Far, image: Path, s3: Store) -> None:
+    seen = threading.Event()
+
+    def rule(number: int, method: str, key: str) -> tuple[str, int] | None:
+        if key.startswith(far.url.partition("imager-tests/")[2] + "/packs/") and method == "PUT":
+            seen.set()
+        return ("drop", 0) if seen.is_set() else None
+
+    s3.door.forget()
+    s3.door.rule = rule
+    process = subprocess.Popen(command(far, "backup", image), stderr=subprocess.PIPE, text=True)
+    assert seen.wait(60)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)  # It would have been patient for minutes.
+    assert process.returncode == 130 and "Traceback" not in said, said
+    s3.door.forget()
+    assert far.sets() == []
+    far.backup(image)
+    far.gives("d", image)
+
+
+def test_a_killed_backup_is_taken_up_by_the_next(far: Far, tmp_path: Path, s3: Store) -> None:
+    """What it had uploaded and written an index of, or not, costs nothing but space."""
+    image = tmp_path / "image"
+    image.write_bytes(os.urandom(4 << 20))
+    stop, killed = threading.Event(), threading.Event()
+
+    def rule(number: int, method: str, key: str) -> tuple[str, int] | None:
+        if method == "PUT" and "/sets/" in key:
+            stop.set()  # The manifest is on its way, and never arrives.
+            killed.wait(60)
+            return ("drop", 0)
+        return None
+
+    s3.door.forget()
+    s3.door.rule = rule
+    process = subprocess.Popen(command(far, "backup", image, "--name", "d"))
+    assert stop.wait(60)
+    process.kill()
+    process.wait()
+    killed.set()
+    s3.door.forget()
+    made = far.backup(image)
+    assert made.images[0].blocks_new == 0  # All of it was there, and known.
+    far.gives(made.set, image)
+    far.is_whole()
