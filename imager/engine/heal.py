@@ -16,7 +16,7 @@ from imager import _native
 from imager._native import DATA
 from imager.errors import IntegrityError, Locked, SourceError, UsageError
 from imager.events import Reporter
-from imager.repository import heal, imageset, index
+from imager.repository import heal, imageset, index, sessions
 from imager.repository.announce import Announcement
 from imager.repository.check import Summary, check
 from imager.repository.credentials import Credentials
@@ -83,12 +83,23 @@ def execute(
                 lines += _from_device(repository, source).lines(source)
             else:
                 lines += _from_repository(repository, copier, source, credentials).lines(source)
+        if _alone(repository, session.id) and not heal.wanted(repository):
+            lines += heal.retire(repository)
         if session.fenced():
             raise Locked(
                 "this repair was declared dead while it ran", hint="run it again: it goes on where it stopped"
             )
     reporter.end()
     return lines
+
+
+def _alone(repository: Repository, session: str) -> bool:
+    """Whether no writer is at work who may have referred to packs before they were set aside.
+
+    Asked before it is looked what sets need: who has committed by then is among them.
+    """
+    found = sessions.open_sessions(repository.storage, repository.config.repository)
+    return all(one.id == session or (one.told is not None and sessions.is_gone(one.told)) for one in found)
 
 
 def repaired(

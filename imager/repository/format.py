@@ -20,7 +20,7 @@ VERSION = 1
 CONFIG = "config"
 SLOTS, EPOCHS, SESSIONS, SETS, REVOKED = "slots/", "epochs/", "sessions/", "sets/", "revoked/"
 PACKS, MAPS, INDEX, CONDEMNED, DAMAGED = "packs/", "maps/", "index/", "condemned/", "damaged/"
-ABSENT, CHECKED = "absent/", "checked/"
+ABSENT, CHECKED, HEALED = "absent/", "checked/", "damaged/healed/"
 FORGOTTEN, PINS = "forgotten/", "pins/"
 
 KIND_DATA, KIND_MAP = 1, 2

@@ -19,7 +19,7 @@ from imager.repository.findings import Problem
 from imager.repository.format import (
     DAMAGED,
     EPOCHS,
-    INDEX,
+    HEALED,
     KIND_DATA,
     KIND_MAP,
     MAPS,
@@ -191,6 +191,25 @@ def _forget_aside(repository: Repository, name: str) -> None:
             continue
 
 
+def retire(repository: Repository) -> list[str]:
+    """Where sets need nothing any more of what a repair set aside: put that where nobody reads it.
+
+    Nothing is deleted but marks of packs that were missing. What was done, in lines. Raises `StorageError`.
+    """
+    lines: list[str] = []
+    for path in repository.storage.list_names(DAMAGED):
+        name = path.removeprefix(DAMAGED)
+        try:
+            if path.startswith(missing.MISSING):
+                repository.storage.delete(path)
+            elif name.startswith((PACKS, MAPS)) and is_pack_name(name[-64:]):
+                repository.storage.move(path, HEALED + name)
+                lines.append(f"moved {path} to {HEALED}: no set needs it any more; it may be deleted")
+        except (NotFound, AlreadyExists):
+            continue
+    return lines
+
+
 def lost_packs(repository: Repository) -> list[str]:
     """Object names of the packs that a repair set aside or found missing."""
     found: set[str] = set()
@@ -317,6 +336,6 @@ def _index(repository: Repository, known: _native.Known) -> None:
 
 
 __all__ = [
-    "INDEX", "Healed", "RecordCopier", "Wanted", "aside_origins", "copy_origins", "lost_packs",
-    "put_back_objects", "put_back_packs", "wanted",
+    "Healed", "RecordCopier", "Wanted", "aside_origins", "copy_origins", "lost_packs",
+    "put_back_objects", "put_back_packs", "retire", "wanted",
 ]  # fmt: skip

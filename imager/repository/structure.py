@@ -19,6 +19,7 @@ from imager.repository.format import (
     EPOCHS,
     FOOTER,
     FORGOTTEN,
+    HEALED,
     INDEX,
     KIND_DATA,
     KIND_MAP,
@@ -209,7 +210,7 @@ def _packs(found: Survey) -> None:
             elif path != prefix + path[-64:-62] + "/" + path[-64:]:
                 found.problems.append(Problem("pack", path, "it lies in the wrong folder"))
     for path in repository.storage.list_names(DAMAGED):
-        if path.startswith(MISSING):
+        if path.startswith((MISSING, HEALED)):
             continue
         name_text = path.rpartition("/")[2]
         if is_pack_name(name_text):

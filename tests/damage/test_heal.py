@@ -22,6 +22,10 @@ def everything_is_whole(place: Place, world: World) -> None:
     """`check` finds nothing, and each disk comes back exactly, by both readers."""
     ended = place.imager("check", "--read-data")
     assert (ended.code, ended.summary["problems"]) == (0, []), ended
+    assert not any("set aside" in note for note in ended.summary["notes"])
+    for set_id in world.sets.values():
+        ended = place.imager("verify", set_id)
+        assert ended.code == 0 and '"warning"' not in ended.out, ended
     for disk, data in world.contents.items():
         ended, out = restored(place, disk, place.folder / "out")
         assert ended.code == 0 and out == data, ended

@@ -27,6 +27,7 @@ _SSH = re.compile(r"<!-- ssh:\s*(\S+)\s+(\S+)\s*-->")
 
 _LOOSE = (
     (re.compile(r"\x1b\[[0-9;]*m"), ""),
+    (re.compile(r"\b(packs|maps)/[0-9a-f]{2}/"), r"\1/"),
     (re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4}"), "TIME"),
     (re.compile(r"\b[0-9a-f]{8,64}\b"), "ID"),
     (re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"), "ID"),

@@ -93,7 +93,9 @@ def _print(shell: Shell, summary: Summary) -> None:
         shell.print(line)
     for age in summary.ages or ():
         shell.print(f"{format_time(age.read / 1e6) if age.read else 'never read':<25} {age.pack}")
-    shell.print(_ages(summary))
+    on_record = summary.oldest_read is not None
+    if summary.ages is not None or (on_record and summary.packs_read < summary.packs):
+        shell.print(_ages(summary))
     read = f"{summary.packs_read} of {count(summary.packs, 'pack')} read ({format_size(summary.bytes_read)})"
     what = "structure and digests are whole" if summary.keyless else "the repository is whole"
     verdict = what if summary.ok else "the repository is DAMAGED"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from imager.cli.group import verb
-from imager.cli.shell import Shell
+from imager.cli.shell import Shell, plain
 from imager.cli.style import count
 from imager.errors import EXIT_DONE, EXIT_INTEGRITY
 from imager.units import format_duration, format_size
@@ -58,9 +58,17 @@ def command(
         if not dry_run:
             done = sync.execute(repository, place, wishes, plan, reporter, verify=verify_after)
     if dry_run:
-        shell.message("plan", plan) if shell.json else _print_plan(shell, plan)
+        if shell.json:
+            fields = plain(plan)
+            del fields["relies"]
+            shell.message("plan", fields)
+        else:
+            _print_plan(shell, plan)
         return EXIT_INTEGRITY if plan.refused else EXIT_DONE
-    shell.message("summary", done) if shell.json else _print(shell, done)
+    if shell.json:
+        shell.message("summary", done)
+    else:
+        _print(shell, done)
     return EXIT_DONE if done.ok else EXIT_INTEGRITY
 
 
