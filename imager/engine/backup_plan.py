@@ -108,7 +108,10 @@ def plan(
     _may_sign(repository, host)
     heads, damaged = imageset.heads(repository)
     for problem in Witness(repository.place).observe(
-        heads, damaged=[item.id for item in damaged], forgotten=tombstones.digests(repository)
+        heads,
+        damaged=[item.id for item in damaged],
+        forgotten=tombstones.digests(repository),
+        there=tombstones.exists(repository),
     ):
         reporter.warn(problem, hint="run imager check; if that was you, go on: this backup will be whole")
     lineage = lineage_id(repository.secrets.id_key, host, name)

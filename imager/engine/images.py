@@ -101,7 +101,10 @@ def tell_of_rollback(repository: Repository, reporter: Reporter) -> None:
     """Warn where sets that this machine has seen are gone or replaced: the newest may not be the newest."""
     heads, damaged = imageset.heads(repository)
     for problem in Witness(repository.place).observe(
-        heads, damaged=[item.id for item in damaged], forgotten=tombstones.digests(repository)
+        heads,
+        damaged=[item.id for item in damaged],
+        forgotten=tombstones.digests(repository),
+        there=tombstones.exists(repository),
     ):
         reporter.warn(problem, hint="imager list shows what is there now; choose a set by what it holds")
 

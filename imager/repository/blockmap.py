@@ -25,6 +25,8 @@ OnDamage = Callable[[int, int, str], None]
 _KEPT_PAGES = 64
 _EXPECTED = 32
 "Pages that a walk asks a far storage for before it comes to them."
+MOST_LOOKS = 16
+"How often a reader looks where a record is that one prune after the other moves on."
 
 
 class DamagedPage(IntegrityError):
@@ -81,13 +83,32 @@ def find_page(
     except Gone:
         raise
     except (IntegrityError, StorageError):
+        found = _find_elsewhere(repository, page, blocks, listed_only)
+        if found is None:
+            raise
+        return found
+
+
+def _find_elsewhere(
+    repository: Repository, page: Page, blocks: int, listed_only: bool
+) -> tuple[Page, Slots] | None:
+    """The page by its id; looks again as long as others move it meanwhile. None where it is nowhere."""
+    tried = {(page.pack, page.offset, page.length)}
+    for _ in range(MOST_LOOKS):
         place = repository.locator.find(page.id, KIND_MAP)
-        if place is None or place == (page.pack, page.offset, page.length):
-            raise
-        if listed_only and not repository.names.is_present(place[0]):
-            raise
-        moved = Page(page.level, page.index, page.id, *place)
-        return moved, open_page(repository, moved, blocks)
+        if place is not None and place not in tried:
+            tried.add(place)
+            if not listed_only or repository.names.is_present(place[0]):
+                moved = Page(page.level, page.index, page.id, *place)
+                try:
+                    return moved, open_page(repository, moved, blocks)
+                except Gone:
+                    raise
+                except (IntegrityError, StorageError):
+                    pass  # That one too? Then it was moved on, or there is no whole one.
+        if not repository.locator.look_again():
+            return None
+    return None
 
 
 def open_page(repository: Repository, page: Page, blocks: int) -> Slots:

@@ -8,11 +8,11 @@ are. What is found lies in a pack that the storage lists.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from imager import _native
 from imager.errors import IntegrityError
-from imager.repository import index
+from imager.repository import index, partial
 from imager.repository.format import KIND_DATA, KIND_MAP, pack_object
 from imager.repository.packs import PackAccess
 from imager.storage.errors import Gone, NotFound, StorageError
@@ -50,6 +50,10 @@ class Locator:
                 if (place := self._known.find(identity)) is not None:
                     found[identity] = (self._translated(place[0]), place[1], place[2])
         return found
+
+    def look_again(self) -> bool:
+        """List the packs and load the index anew; False where nothing came or went. Raises `StorageError`."""
+        return self._load()
 
     def _translated(self, number: int) -> int:
         name = self._names.name(number)
@@ -93,22 +97,33 @@ class Locator:
             return False
         self._complete.add(kind)
         indexed = {self._names.name(number) for number in range(self._names.reserve())}
-        for name in self._repository.pack_names(kind):
-            if name not in indexed:
-                records = list(records_of(self._repository, name, kind))
-                self._known.add_pack(self._names.intern(name), records)
+        strange = [name for name in self._repository.pack_names(kind) if name not in indexed]
+        for name, records in records_of_all(self._repository, strange, kind):
+            self._known.add_pack(self._names.intern(name), records)
         return True
 
 
-def records_of(repository: PackAccess, name: bytes, kind: int) -> Iterator[tuple[int, bytes, int, int]]:
-    """(kind, id, offset, length) of a pack's records; none where it is gone or its frame is damaged."""
+Records = list[tuple[int, bytes, int, int]]
+"(kind, id, offset, length) of each."
+
+
+def records_of(repository: PackAccess, name: bytes, kind: int) -> Records:
+    """A pack's records; none where it is gone or its frame is damaged. Raises `StorageError`."""
     try:
-        fd = repository.storage.open(pack_object(kind, name))
+        fd = partial.frame(repository.storage, pack_object(kind, name))
     except NotFound:
-        return
+        return []
     try:
-        yield from _native.pack_records(fd, name, repository.id)
+        return _native.pack_records(fd, name, repository.id)
     except (_native.DamagedError, OSError):
-        return
+        return []
     finally:
         os.close(fd)
+
+
+def records_of_all(
+    repository: PackAccess, names: Sequence[bytes], kind: int
+) -> Iterator[tuple[bytes, Records]]:
+    """The records of many packs, as `records_of` gives them. Raises `StorageError`."""
+    found = partial.at_once(repository.storage, lambda name: records_of(repository, name, kind), names)
+    yield from zip(names, found, strict=True)

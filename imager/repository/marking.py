@@ -17,7 +17,7 @@ from imager.errors import IntegrityError
 from imager.events import Reporter
 from imager.repository import imageset, index, sessions
 from imager.repository.format import KIND_DATA, KIND_MAP, MAPS, PACKS, is_pack_name
-from imager.repository.locator import records_of
+from imager.repository.locator import records_of_all
 from imager.repository.manifest import Public, Root, is_abort_mark, is_sealed, parse_public
 from imager.repository.repository import Repository
 from imager.repository.sessions import Condemnation
@@ -112,8 +112,9 @@ class Marker:
         self._completed = False
         self._open: OrderedDict[int, tuple[int, _native.MapPack] | None] = OrderedDict()
         for kind, listed in ((KIND_DATA, view.packs), (KIND_MAP, view.maps)):
-            for name in sorted(doomed.intersection(listed)):
-                self._stranded.add_pack(self.names.intern(name), list(records_of(repository, name, kind)))
+            there = sorted(doomed.intersection(listed))
+            for name, records in records_of_all(repository, there, kind):
+                self._stranded.add_pack(self.names.intern(name), records)
 
     def mark(self, sets: Mapping[str, Public]) -> Marked:
         """Mark what the sets refer to; the newest of each lineage come first. Raises `StorageError`."""
@@ -189,10 +190,10 @@ class Marker:
         """The pages of all map packs that can be relied upon."""
         if self._pages is None:
             self._pages = _native.Known(self.names)
-            for name in self.view.maps:
-                number = self.names.intern(name)
-                if self.names.is_present(number):
-                    self._pages.add_pack(number, list(records_of(self.repository, name, KIND_MAP)))
+            doomed = self.view.doomed
+            safe = [name for name in self.view.maps if name not in doomed]
+            for name, records in records_of_all(self.repository, safe, KIND_MAP):
+                self._pages.add_pack(self.names.intern(name), records)
         return self._pages
 
     def _map_pack(self, number: int) -> tuple[int, _native.MapPack] | None:
@@ -226,10 +227,9 @@ class Marker:
         self.names.set_present([name for name in (*self.view.packs, *self.view.maps) if name not in doomed])
         self.known = index.load(self.repository)
         named = index.packs_named(self.repository)
-        for name in self.view.packs:
-            if name not in named and name not in doomed:
-                records = list(records_of(self.repository, name, KIND_DATA))
-                self.known.add_pack(self.names.intern(name), records)
+        strange = [name for name in self.view.packs if name not in named and name not in doomed]
+        for name, records in records_of_all(self.repository, strange, KIND_DATA):
+            self.known.add_pack(self.names.intern(name), records)
 
     def close(self) -> None:
         """Close the descriptors of map packs."""

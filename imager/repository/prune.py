@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from imager import _native
 from imager.errors import IntegrityError, Locked, StorageError, UsageError
 from imager.events import Reporter
-from imager.repository import index, prune_plan, sessions
+from imager.repository import index, partial, prune_plan, sessions
 from imager.repository.format import (
     CONDEMNED,
     KIND_DATA,
@@ -316,8 +316,15 @@ class Prune:
         files: list[tuple[int, bytes, list[int]]] = []
         staged = repository.storage.stage()
         try:
-            for pack, offsets in group.sources:
-                files.append((repository.storage.open(pack.object), pack.name, offsets))
+            opened = partial.at_once(repository.storage, self._open, group.sources)
+            failed: list[Exception] = []
+            for (pack, offsets), one in zip(group.sources, opened, strict=True):
+                if isinstance(one, Exception):
+                    failed.append(one)
+                else:
+                    files.append((one, pack.name, offsets))
+            if failed:
+                raise failed[0]
             merged = _native.merge_packs(
                 staged.fd,
                 files,
@@ -329,7 +336,7 @@ class Prune:
             self._sequence += 1
             if merged.name is not None:
                 staged.publish(pack_object(group.kind, merged.name))
-        except ValueError as error:
+        except (ValueError, IntegrityError) as error:
             if len(group.sources) > 1:
                 half = len(group.sources) // 2
                 self._merge(_Group(group.kind, group.sources[:half]))
@@ -349,6 +356,13 @@ class Prune:
             for fd, _, _ in files:
                 os.close(fd)
         self._take_in(group, merged)
+
+    def _open(self, source: tuple[Pack, list[int]]) -> int | Exception:
+        pack, offsets = source
+        try:
+            return partial.records(self.repository.storage, pack.object, self.repository.id, offsets)
+        except (IntegrityError, StorageError) as error:
+            return error  # The descriptors of the others are to be closed first.
 
     def _take_in(self, group: _Group, merged: _native.Merged) -> None:
         bad: dict[int, set[int]] = {}

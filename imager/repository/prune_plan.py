@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from imager.errors import UsageError
+from imager.repository import partial
 from imager.repository.format import (
     ENVELOPE,
     FOOTER,
@@ -161,26 +162,21 @@ def make(
     stored = live = unused = 0
     doomed = view.doomed
     for kind, listed in ((KIND_DATA, view.packs), (KIND_MAP, view.maps)):
-        sparse: list[Pack] = []
-        kind_live = kind_unused = 0
-        for name, size in listed.items():
-            if name in doomed:
-                continue
-            pack = _pack(repository, marked, name, kind, size)
-            packs += 1
-            stored += size
-            kind_live += pack.live
-            if pack.unused:
-                settled = _settled(repository, pack, view, me)
-                if settled is None:
-                    busy += 1
-                    continue
-                pack = settled
-            kind_unused += pack.unused
-            if pack.unused and not pack.live:
-                drop.append(pack)
-            elif pack.unused:
-                sparse.append(pack)
+        every = [
+            _pack(repository, marked, name, kind, size) for name, size in listed.items() if name not in doomed
+        ]
+        packs += len(every)
+        stored += sum(pack.size for pack in every)
+        kind_live = sum(pack.live for pack in every)
+        doubtful = [pack for pack in every if pack.unused]
+        settled = partial.at_once(
+            repository.storage, lambda pack: _settled(repository, pack, view, me), doubtful
+        )
+        free = [pack for pack in settled if pack is not None]
+        busy += len(doubtful) - len(free)
+        kind_unused = sum(pack.unused for pack in free)
+        drop += [pack for pack in free if not pack.live]
+        sparse = [pack for pack in free if pack.live and pack.unused]
         rewrite += _worthwhile(sparse, allowed(options.max_unused, kind_live, kind_unused))
         live += kind_live
         unused += kind_unused

@@ -123,7 +123,8 @@ def _sets(found: Survey) -> None:
         )
     witness = Witness(found.repository.place)
     damaged_ids = [damaged.id for damaged in listing.problems]
-    for text in witness.observe(listing.sets, damaged=damaged_ids, forgotten=forgotten):
+    there = tombstones.exists(found.repository)
+    for text in witness.observe(listing.sets, damaged=damaged_ids, forgotten=forgotten, there=there):
         found.problems.append(Problem("history", "the repository", text))
     _upkeep(found)
 

@@ -21,6 +21,7 @@ def of_listing(repository: Repository, listing: Listing) -> list[str]:
         listing.sets,
         damaged=[damaged.id for damaged in listing.problems],
         forgotten=tombstones.digests(repository),
+        there=tombstones.exists(repository),
     )
     found += [
         f"image set {set_id} says that it was taken in the future: a wrong clock, or a forgery"

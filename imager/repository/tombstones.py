@@ -32,8 +32,8 @@ from imager.repository.repository import Repository
 from imager.storage.errors import AlreadyExists, NotFound
 
 __all__ = [
-    "check_may_forget", "digests", "forget", "forgotten_ids", "pin", "pinned", "read_pin", "read_tombstone",
-    "unpin",
+    "check_may_forget", "digests", "exists", "forget", "forgotten_ids", "pin", "pinned", "read_pin",
+    "read_tombstone", "unpin",
 ]  # fmt: skip
 
 
@@ -124,6 +124,11 @@ def digests(repository: Repository) -> Callable[[str], str | None]:
         return found.digest if found is not None else None
 
     return digest_of
+
+
+def exists(repository: Repository) -> Callable[[str], bool]:
+    """A function that tells whether something is at a set's place now."""
+    return lambda set_id: repository.storage.exists(SETS + set_id)
 
 
 # --- pins ---------------------------------------------------------------------------------

@@ -61,11 +61,13 @@ class Witness:
         *,
         damaged: Iterable[str] = (),
         forgotten: Callable[[str], str | None] = lambda _: None,
+        there: Callable[[str], bool] = lambda _: False,
     ) -> list[str]:
         """Compare all sets of the repository with the memory, tell what is wrong, remember what is newer.
 
         `damaged`: ids of sets that are there but unreadable (another problem, not told here).
-        `forgotten`: gives the digest of a set that was forgotten on purpose; asked only where one is gone.
+        `forgotten`: gives the digest of a set that was forgotten on purpose, `there`: whether a set
+        has come since `sets` were listed; both are asked only where one is gone.
         """
         problems: list[str] = []
         lineages = self._load(problems)
@@ -79,7 +81,7 @@ class Witness:
                 released.add(lineage)
             elif item is None:
                 doubtful.add(lineage)
-                if seen.set not in unusable:
+                if seen.set not in unusable and not there(seen.set):
                     problems.append(
                         f"image set {seen.set} (number {seen.sequence} of its lineage) is gone: "
                         "it was deleted, or an older state of the repository was put in its place"

@@ -10,6 +10,7 @@ import gc
 import json
 import mmap
 import os
+import random
 import re
 import subprocess
 import threading
@@ -332,3 +333,58 @@ def test_what_changes_after_a_restore_is_found_against_the_set(place: Place, und
     ended = place.imager(*to, "--delta")
     assert ended.code == 0 and 65536 <= ended.summary["bytes_written"] <= MIB + 65536
     assert place.imager("verify", "disk", "--against", device.path).code == 0
+
+
+def test_a_repository_that_is_full_at_forget_and_prune(place: Place, undo: ExitStack) -> None:
+    """Nothing is lost, whatever they get to do; with room again they end their work."""
+    folder = memory(place.folder / "full", undo, "64m")
+    root = folder / "r"
+    (place.folder / "r").rename(place.folder / "unused")
+    os.symlink(root, place.folder / "r")
+    assert place.imager("init", root, "--encryption", "keyfile", "--block-size", "4KiB").code == 0
+    source = place.folder / "disk"
+    chance, contents = random.Random(5), {}
+    data = bytearray(chance.randbytes(8 * MIB))
+    for _ in range(5):
+        for block in chance.sample(range(2048), 700):
+            data[block * 4096 : (block + 1) * 4096] = chance.randbytes(4096)
+        source.write_bytes(data)
+        ended = place.imager("backup", source, "--name", "disk")
+        assert ended.code == 0
+        contents[ended.summary["set"]] = bytes(data)
+    ids = list(contents)
+
+    def fill(left: int) -> None:
+        (folder / "ballast").unlink(missing_ok=True)
+        free = os.statvfs(folder)
+        with (folder / "ballast").open("wb") as file:
+            file.write(bytes(max(0, free.f_bfree * free.f_bsize - left)))
+
+    def whole(sets: list[str]) -> None:
+        check = place.imager("check", "--read-data")
+        assert (check.code, check.summary["problems"]) == (0, []), check
+        for set_id in sets:
+            ended, out = restored(place, (set_id, "disk"), place.folder / "out")
+            assert ended.code == 0 and out == contents[set_id]
+
+    fill(0)
+    ended = place.imager("forget", *ids[:3])
+    assert ended.code == 1 and "No space left" in ended.err and "free some space" in ended.err
+    whole(ids)
+    (folder / "ballast").unlink()
+    assert place.imager("forget", *ids[:3]).code == 0
+    full = 0
+    for left in (0, 4096, 64 << 10, MIB, 3 * MIB):
+        fill(left)
+        ended = place.imager("prune", "--max-unused", "0%")
+        assert ended.code in (0, 1), ended
+        full += ended.code == 1 and "No space left" in ended.err
+        whole(ids[3:])
+    assert full >= 2
+    (folder / "ballast").unlink()
+    assert place.imager("prune", "--max-unused", "0%").code == 0
+    whole(ids[3:])
+    assert place.imager("prune", "--max-unused", "0%").summary["packs_deleted"] == 0
+    assert not place.files("condemned") and not place.files("tmp")
+    used = sum(path.stat().st_size for path in place.files("packs"))
+    assert used < 1.05 * (2048 + 700) * (4096 + 64 + 16 + 96)

@@ -21,11 +21,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from imager.cli import main
 from imager.cli.main import VERBS
 from imager.storage.base import Staged, Storage
 
-for _verb in VERBS:  # Once here, and not in each of hundreds of processes.
-    importlib.import_module(f"imager.cli.verbs.{_verb}")
+# Once here, and not in each of hundreds of processes.
+for _module in (
+    *(f"cli.verbs.{verb}" for verb in VERBS), "engine.backup", "engine.restore", "engine.verify",
+    "repository.check", "repository.forgetting", "repository.keyless", "repository.prune",
+):  # fmt: skip
+    importlib.import_module(f"imager.{_module}")
 
 _CALLS = (
     "read", "open", "size", "exists", "create", "stage", "list_names", "list", "move", "delete", "sweep",
@@ -223,7 +228,6 @@ def _run(arguments: list[str], end: socket.socket, out: Path) -> None:
     """The child: the command as the console script runs it, on a storage that asks before each call."""
     try:
         import imager.storage.location as opening
-        from imager.cli import main
 
         channel = _Channel(end)
         usual = opening.open_storage

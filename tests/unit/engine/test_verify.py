@@ -46,8 +46,8 @@ def test_one_disk_alone_is_not_the_set(plain: Repository, plain_writer: Writer) 
 def test_damaged_blocks_are_named(repository: Repository, writer: Writer) -> None:
     data = os.urandom(4 * MIB)
     manifest = writer.store({"sda": content(MIB), "sdb": data})
-    # the helper damages the only image: a set of its own shares no pack
-    other = writer.store({"sda": data + b"other"})
+    # the helper damages the only image: a set of its own shares no pack, and no block that could stand in
+    other = writer.store({"sda": os.urandom(4 * MIB) + b"other"})
     for block in (700, 701, 12, 1023):
         damage(repository, other, writer, block)
     summary = check(repository, other.id)
@@ -168,7 +168,7 @@ def test_a_block_that_lies_elsewhere_too(repository: Repository, writer: Writer,
     reporter = Silent()
     summary = verify.verify(repository, manifest.id, reporter)
     assert summary.ok and summary.blocks == 512
-    assert any("512 blocks" in text for text in reporter.warnings)
+    assert not reporter.warnings, "as after a prune, which deletes what it has moved"
     go(repository, manifest.id, tmp_path / "out.img")
     assert (tmp_path / "out.img").read_bytes() == data
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -160,6 +161,56 @@ def test_a_budget_is_kept(lab: Lab) -> None:
     whole(lab)
     _, summary = prune(lab, max_unused="0")
     assert summary.packs_rewritten > 0
+    whole(lab)
+
+
+class Far(FolderStorage):
+    """A storage that counts what is fetched, and from which no data pack is ever fetched whole."""
+
+    local = False
+
+    def __init__(self, root: str) -> None:
+        super().__init__(root)
+        self.near = FolderStorage(root)
+        self.fetched = 0
+        self.busy = threading.Semaphore(16)
+
+    def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
+        assert self.busy.acquire(blocking=False), "more at once than was agreed"
+        try:
+            data = self.near.read(name, offset, length)
+        finally:
+            self.busy.release()
+        if name.startswith("packs/"):
+            self.fetched += len(data)
+        return data
+
+    def open(self, name: str) -> int:
+        assert not name.startswith("packs/")
+        return super().open(name)
+
+
+def test_of_a_far_storage_only_what_lives_is_fetched(lab: Lab) -> None:
+    ids = three_sets(lab)
+    forget(lab, ids[0], ids[1])
+    storage = Far(str(lab.root))
+    options = PruneOptions(max_unused="0%")
+    with (
+        open_keyless(storage, writing=True) as repository,
+        Prune(repository, options, Silent()) as work,
+    ):
+        plan = work.plan()
+        work.execute(plan)
+    data = sum(pack.live for pack in plan.rewrite if pack.kind == KIND_DATA)
+    assert data and storage.fetched <= 1.2 * data + 10_000
+    for path in lab.paths("index"):
+        path.unlink()
+    storage = Far(str(lab.root))
+    with open_keyless(storage, writing=True) as repository:
+        with Prune(repository, options, Silent()) as work:
+            assert work.plan().unused == 0
+        assert storage.fetched < sum(path.stat().st_size for path in lab.paths("packs")) / 10
+    check(lab.reopen(), Silent(), repair=True)
     whole(lab)
 
 

@@ -53,9 +53,12 @@ def oracle(times: list[int], rules: Rules) -> set[int]:
     if rules.within:
         stay |= {at for at in order if times[order[0]] - times[at] <= rules.within}
     formats = {
-        "hourly": "%Y-%m-%d %H %z", "daily": "%Y-%m-%d", "weekly": "%G-%V",
-        "monthly": "%Y-%m", "yearly": "%Y",
-    }  # fmt: skip
+        "hourly": "%Y-%m-%d %H %z",
+        "daily": "%Y-%m-%d",
+        "weekly": "%G-%V",
+        "monthly": "%Y-%m",
+        "yearly": "%Y",
+    }
     for kind, form in formats.items():
         left = getattr(rules, kind)
         while left:
