@@ -273,7 +273,10 @@ def _follow(found: Survey, manifest: Manifest, followed: set[Target]) -> None:
             else:
                 place, reason = page
                 number = names.intern(place.pack)
-                found.blame(number, f"a page of a block map is damaged: {reason}")
+                lost = pack_object(KIND_MAP, place.pack) not in found.sizes
+                found.blame(
+                    number, "it is missing" if lost else f"a page of a block map is damaged: {reason}"
+                )
             found.used.add(number)
             found.maps.add(number)
 
