@@ -89,15 +89,26 @@ def add(
     return Added(slot, secret.kind, role, label, writer_id)
 
 
+def check_change(repository: Repository) -> Slot:
+    """The slot that `change` would replace. Raises what it would, before a secret is asked for."""
+    need_sealed(repository)
+    old = repository.slot
+    if old is None:
+        raise UsageError("it is not known which key slot opened")
+    if old.kind == "recovery":
+        raise UsageError(
+            "the recovery key opened the repository, and changing it would void its sheet",
+            hint="make a new way in with imager key add, or another sheet with imager key export",
+        )
+    return old
+
+
 def change(repository: Repository, secret: Secret) -> tuple[Added, Removed]:
     """Put a slot with another secret in the place of the one that opened; role and label stay.
 
     Any role may: it is the holder's own. Raises `UsageError`, `StorageError`.
     """
-    need_sealed(repository)
-    old = repository.slot
-    if old is None:
-        raise UsageError("it is not known which key slot opened")
+    old = check_change(repository)
     name, raw = keys.new_slot(repository.id, repository.secrets, secret, label=old.label)
     repository.storage.create(SLOTS + name, raw)
     writer = old.writer.writer if old.writer is not None else None

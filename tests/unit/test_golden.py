@@ -42,7 +42,7 @@ def state(tmp_path: Path) -> Any:
 
 
 def test_there_are_some() -> None:
-    assert set(NAMES) >= {"plain-lz4", "keyfile-zstd", "passphrase-stream", "sizes", "unreadable"}
+    assert set(NAMES) >= {"keys", "plain-lz4", "keyfile-zstd", "passphrase-stream", "sizes", "unreadable"}
     assert NAMES == sorted(path.stem for path in GOLDEN.glob("*.json")), "each with its expectations"
 
 

@@ -25,9 +25,9 @@ def command(shell: Shell, place: str | None, encryption: str, block_size: int | 
     """Create a repository at REPO: a folder, or an address with s3://, gs://, az:// or ssh://.
 
     It is encrypted unless you say --encryption none. The passphrase is asked
-    for twice; there is no way back into the repository without it. With
-    --encryption keyfile, --keyfile FILE names the key; it is made where FILE
-    does not exist.
+    for twice; there is no way back into the repository without it, unless
+    imager key export has made a recovery sheet. With --encryption keyfile,
+    --keyfile FILE names the key; it is made where FILE does not exist.
     """
     from imager.repository.repository import Repository
 

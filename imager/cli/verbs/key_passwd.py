@@ -17,13 +17,15 @@ def command(
 ) -> None:
     """Change the passphrase, or the keyfile, of the slot that opens the repository.
 
-    Role and label stay. The new slot is durable before the old one goes. Who kept
-    a copy of the old slot can still open that copy with the old secret.
+    Role and label stay. The new slot is durable before the old one goes. A
+    recovery key is not changed. Who kept a copy of the old slot can still open
+    that copy with the old secret.
     """
     opening = shell.open(writing=True)
     from imager.repository import keyring
 
     repository = opening.unlock()
+    keyring.check_change(repository)
     sources = shell.new_credentials(
         keyfile=new_keyfile,
         passphrase_file=new_passphrase_file,

@@ -82,6 +82,7 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
         Credentials(passphrase_command="false", interactive=False).obtain({"passphrase"})
 
 
+TYPED = recovery_key.encode(bytes(range(20)))
 _ASK = """
 import sys
 from imager.errors import ImagerError
@@ -89,7 +90,12 @@ from imager.repository import recovery_key
 from imager.repository.credentials import Credentials
 try:
     one = Credentials()
-    secret = one.choose("passphrase") if sys.argv[1] == "choose" else one.obtain({"passphrase"})
+    if sys.argv[1] == "recovery":
+        secret = Credentials(recovery_key_file="-").obtain({"recovery", "passphrase"})
+    elif sys.argv[1] == "only recovery":
+        secret = one.obtain({"recovery"})
+    else:
+        secret = one.choose("passphrase") if sys.argv[1] == "choose" else one.obtain({"passphrase"})
     open(sys.argv[2], "wb").write(secret.value)
 except ImagerError as error:
     open(sys.argv[2], "w").write(error.message)
@@ -102,6 +108,8 @@ except ImagerError as error:
         ("obtain", ["geheim"], b"geheim"),
         ("choose", ["geheim", "geheim"], b"geheim"),
         ("choose", ["geheim", "gehiem"], b"the two passphrases differ"),
+        ("recovery", [TYPED], bytes(range(20))),
+        ("only recovery", [TYPED.lower()], bytes(range(20))),
     ],
 )
 def test_a_person_at_a_terminal_is_asked(tmp_path: Path, what: str, typed: list[str], result: bytes) -> None:
@@ -125,7 +133,7 @@ def test_a_person_at_a_terminal_is_asked(tmp_path: Path, what: str, typed: list[
     os.waitpid(pid, 0)
     os.close(terminal)
     assert (tmp_path / "out").read_bytes() == result
-    assert b"geheim" not in shown
+    assert all(text.encode() not in shown for text in typed)
 
 
 def test_without_a_terminal_nobody_is_asked(tmp_path: Path) -> None:
@@ -138,7 +146,7 @@ def test_without_a_terminal_nobody_is_asked(tmp_path: Path) -> None:
 # --- the order, and the newer ways -------------------------------------------------------------------
 
 
-KEY = recovery_key.encode(bytes(range(20)))
+KEY = TYPED
 
 
 def test_the_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

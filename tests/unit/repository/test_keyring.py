@@ -433,6 +433,16 @@ def test_changing_the_secret(lab: Lab, role: str) -> None:
         assert [slot.label for slot in keyslots.listing(repository).slots] == ["keyfile", "mine"]
 
 
+def test_changing_the_secret_does_not_void_a_sheet(lab: Lab) -> None:
+    with keyring.recovery(lab.repository) as sheet:
+        pass
+    secret = keys.recovery(recovery_key.decode(sheet.key))
+    with opened(lab, secret) as repository, pytest.raises(UsageError, match="void its sheet"):
+        keyring.change(repository, ONE)
+    with opened(lab, secret):
+        assert len(slots(lab)) == 2
+
+
 # --- rotating --------------------------------------------------------------------------------------
 
 
