@@ -60,6 +60,8 @@ class Names:
     def name(self, number: int) -> bytes | None: ...
     def set_present(self, names: Sequence[bytes]) -> None:
         """What the storage's listing shows; packs outside it count as absent from now on."""
+    def absent(self) -> list[bytes]:
+        """Names of the packs that the listing lacks, sorted; none where there was no listing."""
     def is_present(self, number: int) -> bool: ...
 
 class Vault:
@@ -69,6 +71,10 @@ class Vault:
     def add_key(self, cipher: int, key: bytes) -> int:
         """Add a session key; returns its handle. cipher: 1 AES-256-GCM, 2 ChaCha20-Poly1305."""
     def block_id(self, content: bytes) -> bytes: ...
+    def page_id(self, level: int, first: int, slots: Slots, names: Names, holder: int | None = None) -> bytes:
+        """The id that a map page of these slots has in pack `holder` (None: in one that no slot refers to).
+
+        Raises ValueError where a pack has no name yet."""
     def open_page(
         self, record: bytes, keys: Sequence[int | None], names: Names, holder: int
     ) -> tuple[bytes, int, int, Slots]:
@@ -233,9 +239,20 @@ class Known:
     """Where blocks are: this session's own, and index segments. Thread-safe."""
 
     def __init__(self, names: Names) -> None: ...
-    def load(self, fd: int, repository: bytes) -> int:
+    def load(self, fd: int, repository: bytes, name: bytes = ...) -> int:
         """Search a segment too; its number of entries. Raises DamagedError. The fd may be closed after."""
+    def unload(self, names: Sequence[bytes]) -> None:
+        """Search these segments no longer."""
+    loaded: list[tuple[bytes, int, int]]
+    """(name, entries, bytes) of each segment, the largest first."""
+    def naming(self, packs: Sequence[bytes]) -> list[bytes]:
+        """The segments that name one of these packs."""
+    def merge(self, names: Sequence[bytes], out: int, repository: bytes, forget: Sequence[bytes]) -> Merge:
+        """Begin to merge loaded segments into an empty file that can be read too; it stays open until all
+        is done. Packs of `forget` are neither named in it, nor their entries kept."""
     def add_pack(self, number: int, records: Sequence[tuple[int, bytes, int, int]]) -> None: ...
+    def count(self, ids: bytes) -> int:
+        """How many of many ids, one after the other, are known."""
     def find(self, id: bytes) -> tuple[int, int, int] | None:
         """(pack number, offset, length)."""
     pending: int
@@ -248,6 +265,15 @@ class Known:
         They are found until `forget`, which comes once the segment is loaded."""
     def forget(self) -> None:
         """Free the memory of what segments were made of."""
+
+class Merge:
+    """A merge of index segments under way."""
+
+    def step(self) -> int:
+        """Go on for a while: the bytes handled, 0 once all is done. Raises ReadError, WriteError."""
+    def outcome(self) -> tuple[bytes, int, int, int, int, int]:
+        """(name, entries, packs, bytes, entries whose pack was gone, damaged pages). Raises ValueError
+        before the end."""
 
 # --- work ------------------------------------------------------------------------------
 
@@ -313,6 +339,11 @@ class Gather:
     def slice_end(self, start: int, max_blocks: int) -> int:
         """End of a slice of records from `start`: `max_blocks` blocks at most, one record at least."""
     def packs(self, start: int, end: int) -> list[int]: ...
+    def spans(self, start: int, end: int, gap: int) -> list[tuple[int, int, int]]:
+        """Where the records lie: (pack, start, end), joined over gaps of up to `gap` bytes.
+
+        All between a pack's first and last of them where more than a quarter of that is wanted.
+        """
 
 class Failure:
     pack: int

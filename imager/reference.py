@@ -165,12 +165,16 @@ def known(features: object) -> None:
 
 
 class Config(NamedTuple):
-    """What the repository is. `key` is the key of ids (not sealed) or of signatures (sealed)."""
+    """What the repository is. `key` is the key of ids (not sealed) or of signatures (sealed).
+
+    `revoked`: ids of writers whose key was revoked, and the digests of their sets that still count.
+    """
 
     repository: bytes
     sealed: bool
     block_size: int
     key: bytes
+    revoked: dict[bytes, set[bytes]] = {}
 
 
 class Secrets(NamedTuple):
@@ -198,16 +202,40 @@ def parse_config(data: bytes) -> Config:
     return Config(unhex(obj["repository"], 16), sealed, block_size, key)
 
 
+def parse_recovery_key(text: str) -> bytes:
+    """The 20 bytes of a recovery key as typed. Raises `UsageError` that names the first wrong group."""
+    alphabet = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+    plain = re.sub("[-–—_ \\t\\r\\n]", "", text).upper().translate(str.maketrans("OIL", "011"))
+    if len(plain) != 40:
+        raise UsageError(f"a recovery key has 40 characters, not {len(plain)}")
+    value = 0
+    for group in range(8):
+        *digits, check = (alphabet.find(character) for character in plain[group * 5 : group * 5 + 5])
+        total = group + 1
+        for digit in (*digits, 0):
+            total = total << 1 ^ (0b100101 if total & 16 else 0) ^ digit  # times x in GF(32), plus the digit
+            value = value << 5 | digit if digit >= 0 else value
+        value >>= 5  # the check character's place
+        if min(digits) < 0 or total != check:
+            raise UsageError(f"the recovery key is typed wrong: look at group {group + 1} of 8")
+    return value.to_bytes(20, "big")
+
+
 def open_slot(
-    data: bytes, slot: bytes, config: Config, passphrase: bytes | None, keyfile: bytes | None
+    data: bytes,
+    slot: bytes,
+    config: Config,
+    passphrase: bytes | None,
+    keyfile: bytes | None,
+    recovery: bytes | None = None,
 ) -> Secrets | None:
-    """Open `slots/<slot>` with the passphrase (NFC, UTF-8) or keyfile. None where it does not open."""
+    """Open `slots/<slot>` with the passphrase (NFC, UTF-8), keyfile or recovery key; None: it does not."""
     with reading(f"slot {slot.hex()}"):
         obj = parse_json(data)
         need((unhex(obj["slot"]), unhex(obj["repository"])) == (slot, config.repository), "of another place")
         kind, role, kdf, nonce = obj["kind"], obj["role"], obj["kdf"], unhex(obj["nonce"], 12)
         need(kind in ("passphrase", "keyfile", "recovery"), "unknown kind")
-        need(role in ("full", "write"), "unknown role")
+        need(role in ("full", "read", "write"), "unknown role")
         need(kdf["name"] == ("argon2id" if kind == "passphrase" else "blake3"), "unknown key derivation")
         salt = unhex(kdf["salt"], 16)
         if kind == "passphrase":
@@ -217,17 +245,23 @@ def open_slot(
                 return None
             kdf = Argon2id(salt=salt, length=32, iterations=passes, lanes=lanes, memory_cost=memory)
             kek = kdf.derive(passphrase)
-        elif keyfile is None:
-            return None
         else:
-            kek = b3d("imager 2026-11 keyfile slot v1", salt + keyfile)
+            secret = recovery if kind == "recovery" else keyfile
+            if secret is None:
+                return None
+            kek = b3d("imager 2026-11 keyfile slot v1", salt + secret)
         extra = b"imager slot v1" + config.repository + slot + kind.encode() + b"\0" + role.encode()
         try:
             secrets = parse_json(AESGCM(kek).decrypt(nonce, unhex(obj["sealed"]), extra))
         except InvalidTag:
             return None
-        seed = Ed25519PrivateKey.from_private_bytes(unhex(secrets["signing_seed"], 32))
-        need(seed.public_key().public_bytes_raw() == config.key, "config has the verify_key of someone else")
+        if role == "full":
+            seed = Ed25519PrivateKey.from_private_bytes(unhex(secrets["signing_seed"], 32))
+            verify_key = seed.public_key().public_bytes_raw()
+        else:
+            verify_key = unhex(secrets["verify_key"], 32)
+        need(verify_key == config.key, "config has the verify_key of someone else")
+        need((role == "write") == (not secrets["epochs"]), "the keys are those of another role")
         epochs = {number(int(n), 1, 0xFFFFFFFF): unhex(key, 32) for n, key in secrets["epochs"].items()}
         return Secrets(unhex(secrets["id_key"], 32), epochs)
 
@@ -396,16 +430,41 @@ class Image(NamedTuple):
     root: Target | None
 
 
+def signer(writer: Json | None, data: bytes, config: Config) -> bytes:
+    """The public key that must have signed a manifest: the repository's, or that of a certified writer."""
+    if writer is None:
+        return config.key
+    public = unhex(writer["public"], 32)
+    bare = {key: writer[key] for key in ("host", "label", "public", "writer")}
+    digest = b3(b"imager writer v1" + config.repository + canonical(bare))
+    Ed25519PublicKey.from_public_bytes(config.key).verify(unhex(writer["signature"], 64), digest)
+    kept = config.revoked.get(unhex(writer["writer"], 16))
+    need(kept is None or b3(data) in kept, "its writer's key was revoked before the set was made")
+    return public
+
+
+@reading("revocation")
+def parse_revocation(data: bytes, writer: bytes, config: Config) -> set[bytes]:
+    """The digests of the sets that `revoked/<writer>` lets count."""
+    obj = parse_json(data)
+    digest = b3(b"imager revocation v1" + canonical({key: obj[key] for key in obj if key != "signature"}))
+    Ed25519PublicKey.from_public_bytes(config.key).verify(unhex(obj["signature"], 64), digest)
+    need((unhex(obj["writer"]), unhex(obj["repository"])) == (writer, config.repository), "of another place")
+    return {unhex(one, 32) for one in obj["sets"]}
+
+
 def parse_manifest(data: bytes, set_id: bytes, config: Config) -> Manifest:
     """Verify `sets/<set id>` and parse its public part."""
     with reading(f"set {set_id.hex()}"):
         magic, length, stored = struct.unpack_from("<8sII", data)
         need(magic == b"IMGRSET1" and 80 + length + stored == len(data), "not a manifest, or cut off")
         digest = b3(b"imager set v1" + data[:-64])
-        if config.sealed:
-            Ed25519PublicKey.from_public_bytes(config.key).verify(data[-64:], digest)
-        need(config.sealed or data[-64:] == digest + bytes(32), "wrong checksum")
         public = parse_json(data[16 : 16 + length])
+        if config.sealed:
+            Ed25519PublicKey.from_public_bytes(signer(public.get("writer"), data, config)).verify(
+                data[-64:], digest
+            )
+        need(config.sealed or data[-64:] == digest + bytes(32), "wrong checksum")
         if public["version"] != 1:
             raise NoRepository(f"set {set_id.hex()} is of a version that this reader does not know")
         known(public["features"])
@@ -429,7 +488,14 @@ def open_body(manifest: Manifest, config: Config, secrets: Secrets) -> Json:
         stream = zlib.decompressobj()
         plain = stream.decompress(body, JSON_MAX + 1)
         need(stream.eof and not stream.unused_data, "cut off, too large, or followed by something")
-        return parse_json(plain)
+        value = parse_json(plain)
+        writer = manifest.public.get("writer")
+        if config.sealed and writer is not None:
+            need(writer["host"] in ("*", value["host"]), "its writer may not sign sets of this host")
+            key = b3d("imager 2026-11 lineage v1", secrets.id_key)
+            names = canonical([value["host"], value["name"]])
+            need(b3k(key, names)[:16].hex() == manifest.public["lineage"], "it is of another lineage")
+        return value
 
 
 def parse_images(manifest: Manifest, body: Json, config: Config) -> list[Image]:
@@ -457,7 +523,13 @@ def parse_images(manifest: Manifest, body: Json, config: Config) -> list[Image]:
 class Repository:
     """An open repository: `config` and `secrets` of the folder `root`."""
 
-    def __init__(self, root: str, passphrase: str | None = None, keyfile: bytes | None = None) -> None:
+    def __init__(
+        self,
+        root: str,
+        passphrase: str | None = None,
+        keyfile: bytes | None = None,
+        recovery: bytes | None = None,
+    ) -> None:
         """Open it. Raises `NoRepository`, `WrongKey`, `Damaged`."""
         self.root = root
         try:
@@ -466,7 +538,8 @@ class Repository:
             raise NoRepository(f"there is no repository at {root!r}: it has no file 'config'") from None
         if self.config.sealed:
             secret = None if passphrase is None else unicodedata.normalize("NFC", passphrase).encode()
-            self.secrets = self._unlock(secret, keyfile)
+            self.secrets = self._unlock(secret, keyfile, recovery)
+            self.config = self.config._replace(revoked=self._revoked())
         else:
             self.secrets = Secrets(self.config.key, {})
         self.page_key = b3d("imager 2026-11 map page v1", self.secrets.id_key)
@@ -474,19 +547,35 @@ class Repository:
         self._session_keys: dict[bytes, tuple[int, bytes, bytes]] = {}  # of each envelope
         self._places: dict[tuple[int, bytes], list[Target]] | None = None
 
-    def _unlock(self, passphrase: bytes | None, keyfile: bytes | None) -> Secrets:
-        if passphrase is None and keyfile is None:
-            raise WrongKey("the repository is encrypted: give IMAGER_PASSPHRASE or IMAGER_KEYFILE")
+    def _revoked(self) -> dict[bytes, set[bytes]]:
+        found = {}
+        for writer in self.names("revoked", 16):
+            try:
+                found[writer] = parse_revocation(
+                    self.load(f"revoked/{writer.hex()}", JSON_MAX), writer, self.config
+                )
+            except Damaged:
+                continue  # Anybody can put one there; it counts only if the repository's key signed it.
+        return found
+
+    def _unlock(self, passphrase: bytes | None, keyfile: bytes | None, recovery: bytes | None) -> Secrets:
+        if passphrase is None and keyfile is None and recovery is None:
+            raise WrongKey(
+                "the repository is encrypted: give IMAGER_PASSPHRASE, IMAGER_KEYFILE or IMAGER_RECOVERY_KEY"
+            )
         damage: Damaged | None = None
+        opened: list[Secrets] = []
         for slot in self.names("slots", 16):
             try:
                 data = self.load(f"slots/{slot.hex()}", JSON_MAX)
-                secrets = open_slot(data, slot, self.config, passphrase, keyfile)
+                secrets = open_slot(data, slot, self.config, passphrase, keyfile, recovery)
             except Damaged as error:
                 damage = error
                 continue
             if secrets is not None:
-                return secrets
+                opened.append(secrets)
+        if opened:
+            return max(opened, key=lambda secrets: len(secrets.epochs))  # one may be from before a rotation
         raise damage or WrongKey("no key slot opens with the passphrase or keyfile given")
 
     def names(self, folder: str, size: int) -> list[bytes]:
@@ -681,7 +770,9 @@ def read_image(root: str, text: str, out: str, disk: str | None = None) -> str:
             keyfile = file.read(MIB + 1)
         if not 32 <= len(keyfile) <= MIB:
             raise UsageError(f"{path!r} is not a keyfile, which has 32 bytes to 1 MiB")
-    repository = Repository(root, os.environ.get("IMAGER_PASSPHRASE") or None, keyfile)
+    text_key = os.environ.get("IMAGER_RECOVERY_KEY")
+    recovery = parse_recovery_key(text_key) if text_key else None
+    repository = Repository(root, os.environ.get("IMAGER_PASSPHRASE") or None, keyfile, recovery)
     manifest = repository.resolve(text)
     images = repository.images(manifest)
     chosen = [image for image in images if disk in (None, image.disk)]

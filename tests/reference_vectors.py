@@ -39,6 +39,8 @@ PUBLIC = X25519PrivateKey.from_private_bytes(EPOCH).public_key().public_bytes_ra
 CONTENT = bytes(486) + b"abcdefghijklmnopqrstuvwxyz"
 CODED = bytes([0x1F, 0, 1, 0, 255, 211, 0xF0, 11]) + CONTENT[-26:]  # an LZ4 block of it
 TIME = 1_790_000_000_123_456
+WRITER, WRITER_SEED, RECOVERY = fill(16, 0x38), fill(32, 0x90), fill(20, 0xB0)
+RECOVERY_TEXT = "P2RVB-5CXM9-PPVBS-FE5S3-QAXVH-SFDY8-QZ0CJ-3GP3R"  # worked out by hand from the page
 
 
 def hexed(value: Any) -> Any:
@@ -115,6 +117,11 @@ def records() -> list[Json]:
     return made
 
 
+def certificate() -> Json:
+    """That of a writer."""
+    return w.certificate(REPOSITORY, SEED, WRITER, "höst", "db one", w.public_of(WRITER_SEED))
+
+
 def envelope(cipher: int = w.AES) -> bytes:
     """The session key in an envelope."""
     return w.envelope(REPOSITORY, SESSION, SESSION_KEY, cipher, 1, PUBLIC, EPHEMERAL)
@@ -122,7 +129,6 @@ def envelope(cipher: int = w.AES) -> bytes:
 
 def secrets() -> Json:
     """Slots, an epoch, envelopes."""
-    payload = {"id_key": ID_KEY.hex(), "signing_seed": SEED.hex(), "epochs": {"1": EPOCH.hex()}}
     argon2 = {"name": "argon2id", "salt": SALT.hex(), "memory_kib": 65536, "passes": 3, "lanes": 4}
     keyfile, phrase = fill(64, 5), "Zu\u0308rich na\u00efve \u2126"  # NFC differs from what is given
     nfc = "Z\u00fcrich na\u00efve \u03a9"
@@ -130,16 +136,19 @@ def secrets() -> Json:
     for kind, role, kdf, secret in (
         ("passphrase", "full", argon2, nfc.encode()),
         ("keyfile", "full", {"name": "blake3", "salt": SALT.hex()}, keyfile),
-        ("recovery", "full", {"name": "blake3", "salt": SALT.hex()}, keyfile),
+        ("recovery", "full", {"name": "blake3", "salt": SALT.hex()}, RECOVERY),
         ("keyfile", "write", {"name": "blake3", "salt": SALT.hex()}, keyfile),
+        ("keyfile", "read", {"name": "blake3", "salt": SALT.hex()}, keyfile),
     ):
-        inside = payload if role == "full" else payload | {"epochs": {}}
+        inside = w.payload_of(role, ID_KEY, SEED, {1: EPOCH}, WRITER_SEED)
+        writer = certificate() if role == "write" else None
         extra = b"imager slot v1" + REPOSITORY + SLOT + kind.encode() + b"\0" + role.encode()
         slots.append({"kind": kind, "role": role, "repository": REPOSITORY, "slot": SLOT, "kdf": kdf,
                       "secret": secret, "passphrase": phrase if kind == "passphrase" else None,
                       "kek": w.slot_key(kdf, secret), "nonce": NONCE, "additional_data": extra,
                       "payload": canonical(inside),
-                      "file": w.slot(REPOSITORY, SLOT, kind, role, kdf, NONCE, secret, inside)})  # fmt: skip
+                      "file": w.slot(REPOSITORY, SLOT, kind, role, kdf, NONCE, secret, inside,
+                                     writer)})  # fmt: skip
     shared = X25519PrivateKey.from_private_bytes(EPHEMERAL).exchange(
         X25519PrivateKey.from_private_bytes(EPOCH).public_key()
     )
@@ -147,6 +156,9 @@ def secrets() -> Json:
     wrap = b3d("imager 2026-11 session key v1", shared + start[24:] + PUBLIC + REPOSITORY)
     return {
         "slots": slots,
+        "recovery_key": {"key": RECOVERY, "text": RECOVERY_TEXT},
+        "writer": {"signing_seed": WRITER_SEED, "certificate": canonical(certificate()),
+                   "revocation": w.revocation(REPOSITORY, SEED, WRITER, TIME, [fill(32, 4), fill(32, 3)])},
         "epoch": {"epoch": 1, "private": EPOCH, "public": PUBLIC, "signing_seed": SEED,
                   "repository": REPOSITORY, "file": w.epoch(REPOSITORY, 1, EPOCH, SEED)},
         "envelopes": [{"cipher": cipher, "epoch": 1, "epoch_private": EPOCH, "epoch_public": PUBLIC,
@@ -200,7 +212,9 @@ def manifests() -> list[Json]:
     public |= {"previous": {"set": SLOT.hex(), "digest": fill(32, 3).hex()}}
     body = zlib.compress(canonical({"name": "db", "host": "höst"}), 0)  # stored: the same with any zlib
     made = []
-    for seed, part in ((SEED, public | {"envelope": envelope().hex()}), (None, public | {"envelope": None})):
+    sealed = public | {"envelope": envelope().hex()}
+    signed = sealed | {"writer": certificate()}
+    for seed, part in ((SEED, sealed), (None, public | {"envelope": None}), (WRITER_SEED, signed)):
         data = w.manifest(part, body, seed, SESSION_KEY, NONCE)
         made.append({"public": canonical(part), "body_compressed": body, "signing_seed": seed,
                      "session_key": SESSION_KEY if seed else None, "nonce": NONCE if seed else None,

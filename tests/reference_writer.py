@@ -82,9 +82,17 @@ def slot_key(kdf: Json, secret: bytes) -> bytes:
 
 
 def slot(
-    repository: bytes, id: bytes, kind: str, role: str, kdf: Json, nonce: bytes, secret: bytes, payload: Json
+    repository: bytes,
+    id: bytes,
+    kind: str,
+    role: str,
+    kdf: Json,
+    nonce: bytes,
+    secret: bytes,
+    payload: Json,
+    writer: Json | None = None,
 ) -> bytes:
-    """A key slot. `payload` has `id_key`, `signing_seed` and `epochs`."""
+    """A key slot. `payload` is what its role has; `writer`: the certificate, with the role write."""
     extra = b"imager slot v1" + repository + id + kind.encode() + b"\0" + role.encode()
     return canonical(
         {
@@ -98,7 +106,41 @@ def slot(
             "nonce": nonce.hex(),
             "sealed": AESGCM(slot_key(kdf, secret)).encrypt(nonce, canonical(payload), extra).hex(),
         }
+        | ({"writer": writer} if writer else {})
     )
+
+
+def payload_of(role: str, id_key: bytes, signing_seed: bytes, epochs: dict[int, bytes], seed: bytes) -> Json:
+    """What a slot of a role has sealed in it; `seed`: the writer's own."""
+    public = public_of(signing_seed).hex()
+    held = {str(number): key.hex() for number, key in epochs.items()}
+    if role == "full":
+        return {"id_key": id_key.hex(), "signing_seed": signing_seed.hex(), "epochs": held}
+    if role == "read":
+        return {"id_key": id_key.hex(), "verify_key": public, "epochs": held}
+    payload: Json = {"id_key": id_key.hex(), "verify_key": public, "epochs": {}}
+    return payload | {"signing_seed": seed.hex(), "floor": max(epochs, default=0)}
+
+
+def certificate(
+    repository: bytes, signing_seed: bytes, writer: bytes, host: str, label: str, public: bytes
+) -> Json:
+    """The repository's word that a key may sign sets of `host`."""
+    bare: Json = {"writer": writer.hex(), "host": host, "label": label, "public": public.hex()}
+    digest = b3(b"imager writer v1" + repository + canonical(bare))
+    return bare | {"signature": Ed25519PrivateKey.from_private_bytes(signing_seed).sign(digest).hex()}
+
+
+def revocation(
+    repository: bytes, signing_seed: bytes, writer: bytes, created: int, sets: list[bytes]
+) -> bytes:
+    """The object `revoked/<writer>`."""
+    bare: Json = {"writer": writer.hex(), "repository": repository.hex(), "created": created}
+    bare |= {"sets": sorted(digest.hex() for digest in sets)}
+    signature = Ed25519PrivateKey.from_private_bytes(signing_seed).sign(
+        b3(b"imager revocation v1" + canonical(bare))
+    )
+    return canonical(bare | {"signature": signature.hex()})
 
 
 def epoch(repository: bytes, number: int, private: bytes, signing_seed: bytes) -> bytes:
@@ -228,15 +270,38 @@ def index_segment(
     names = b"".join(packs)
     names += struct.pack("<Q", xxh3(names))
     names += bytes(-len(names) % 4096)
-    header = struct.pack("<8sHHIQQ", b"IMGRINDX", 1, 0, len(packs), len(entries), 4096 + len(names))
-    header += repository + struct.pack("<QQ", 0, 0)
-    data = (header + struct.pack("<Q", xxh3(header))).ljust(4096, b"\0") + names
     rows = [id[:20] + struct.pack("<III", *rest) for id, *rest in sorted(entries)]
+    pages = b""
     for at in range(0, len(rows), 127):
         chunk = rows[at : at + 127]
         rest = struct.pack("<H22x", len(chunk)) + b"".join(chunk).ljust(127 * 32, b"\0")
-        data += struct.pack("<Q", xxh3(rest)) + rest
+        pages += struct.pack("<Q", xxh3(rest)) + rest
+    filter_ = index_filter(rows) if len(rows) > 127 else b""
+    start = 4096 + len(names)
+    header = struct.pack("<8sHHIQQ", b"IMGRINDX", 1, 0, len(packs), len(entries), start) + repository
+    header += struct.pack("<QQ", start + len(pages) if filter_ else 0, len(filter_))
+    data = (header + struct.pack("<Q", xxh3(header))).ljust(4096, b"\0") + names + pages + filter_
     return b3(b"imager index v1" + data), data
+
+
+def index_filter(rows: Sequence[bytes]) -> bytes:
+    """The filter of a segment with these entries."""
+    lines = -(-len(rows) // 48)
+    bits, counts = [0] * lines, [0] * lines
+    for row in rows:
+        line = int.from_bytes(row[:8], "big") * lines >> 64
+        first, step = struct.unpack("<II", row[8:16])
+        for n in range(6):
+            bits[line] |= 1 << ((first + n * (step | 1)) % 2**32 * 480 >> 32)
+        counts[line] += 1
+    filled = b"".join(
+        struct.pack("<I", sum(counts[:at])) + bits[at].to_bytes(60, "little") for at in range(lines)
+    )
+    pages = b""
+    for at in range(0, len(filled), 63 * 64):
+        rest = bytes(56) + filled[at : at + 63 * 64].ljust(63 * 64, b"\0")
+        pages += struct.pack("<Q", xxh3(rest)) + rest
+    return pages
 
 
 def manifest(
@@ -337,6 +402,8 @@ class Writer:
         self.repository, self.id_key = self.rand(16), self.rand(32)
         self.signing_seed = self.rand(32) if slots else None
         self.epochs: dict[int, bytes] = {}
+        self.writers: dict[str, tuple[bytes, Json]] = {}  # id: signing seed, certificate
+        self.signer: str | None = None  # the writer that signs the next sets; None: the repository's key
         self.clock = 1_790_000_000_000_000
         self.places: dict[tuple[int, bytes], Place] = {}
         self.last: dict[bytes, tuple[int, bytes, bytes]] = {}  # of each lineage: sequence, set, digest
@@ -373,8 +440,8 @@ class Writer:
         self.put(f"epochs/{number:08x}", epoch(self.repository, number, private, self.signing_seed))
         return number
 
-    def add_slot(self, kind: str, secret: bytes, role: str = "full") -> str:
-        """Add a way to open the repository; the id of the slot."""
+    def add_slot(self, kind: str, secret: bytes, role: str = "full", host: str = "host") -> str:
+        """Add a way to open the repository; the id of the slot. Role write: a writer for `host`."""
         assert self.signing_seed is not None
         id, salt, nonce = self.rand(16), self.rand(16).hex(), self.rand(12)
         kdf: Json = {"name": "blake3", "salt": salt}
@@ -382,10 +449,25 @@ class Writer:
             memory, passes, lanes = self.kdf
             kdf = {"name": "argon2id", "salt": salt, "memory_kib": memory, "passes": passes, "lanes": lanes}
             secret = unicodedata.normalize("NFC", secret.decode()).encode()
-        epochs = {str(n): key.hex() for n, key in self.epochs.items()} if role == "full" else {}
-        payload = {"id_key": self.id_key.hex(), "signing_seed": self.signing_seed.hex(), "epochs": epochs}
-        self.put(f"slots/{id.hex()}", slot(self.repository, id, kind, role, kdf, nonce, secret, payload))
+        seed, writer = self.rand(32), None
+        if role == "write":
+            name = f"writer {len(self.writers)}"
+            writer = certificate(
+                self.repository, self.signing_seed, self.rand(16), host, name, public_of(seed)
+            )
+            self.writers[writer["writer"]] = (seed, writer)
+        payload = payload_of(role, self.id_key, self.signing_seed, self.epochs, seed)
+        self.put(
+            f"slots/{id.hex()}", slot(self.repository, id, kind, role, kdf, nonce, secret, payload, writer)
+        )
         return id.hex()
+
+    def revoke(self, writer: str, sets: Sequence[str]) -> None:
+        """Revoke a writer's key, but for these sets."""
+        assert self.signing_seed is not None
+        kept = [b3((self.root / "sets" / one).read_bytes()) for one in sets]
+        name = bytes.fromhex(writer)
+        self.put(f"revoked/{writer}", revocation(self.repository, self.signing_seed, name, self.now(), kept))
 
     def write_set(
         self,
@@ -581,7 +663,10 @@ class _Session:
         } | extra
         nonce = b"" if self.sealer is None else writer.rand(12)
         key = b"" if self.sealer is None else self.sealer.key
-        data = manifest(public, zlib.compress(canonical(body)), writer.signing_seed, key, nonce)
+        seed = writer.signing_seed
+        if writer.signer is not None:
+            seed, public["writer"] = writer.writers[writer.signer]
+        data = manifest(public, zlib.compress(canonical(body)), seed, key, nonce)
         writer.put(f"sets/{self.id.hex()}", data)
         writer.last[line] = (sequence + 1, self.id, b3(data))
         return self.id.hex()

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from imager import reference
@@ -27,8 +27,9 @@ from imager.repository.check import check
 from imager.repository.credentials import Credentials
 from imager.repository.imageset import Image, Manifest, read_set
 from imager.repository.repository import Repository
-from imager.storage.base import Entry, Staged, Storage
+from imager.storage.base import Storage
 from imager.storage.folder import FolderStorage
+from imager.storage.rehearsal import Recording
 
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 "Where many small repositories are made quickly; None: the usual temporary folder."
@@ -68,7 +69,7 @@ class Workbench:
 
     def storage(self) -> Storage:
         storage = FolderStorage(str(self.root))
-        return Recording(storage, self) if self._record else storage
+        return Recording(storage, self.calls, self.names) if self._record else storage
 
     def open(self, *, writing: bool = True) -> Repository:
         """The repository, opened anew; the caller closes it."""
@@ -189,89 +190,6 @@ def json_map(path: Path, extents: Sequence[tuple[int, int]], **facts: object) ->
 def imager(*arguments: str | Path) -> list[str]:
     """The command line of the tool, for `subprocess`."""
     return [sys.executable, "-m", "imager", *map(str, arguments)]
-
-
-class Recording:
-    """A storage that counts what it is asked."""
-
-    def __init__(self, inner: Storage, bench: Workbench) -> None:
-        self._inner = inner
-        self._bench = bench
-        self.url = inner.url
-
-    def _note(self, what: str, name: str) -> None:
-        self._bench.calls[what] += 1
-        self._bench.names.append((what, name))
-
-    def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
-        self._note("read", name)
-        return self._inner.read(name, offset, length)
-
-    def open(self, name: str) -> int:
-        self._note("open", name)
-        return self._inner.open(name)
-
-    def size(self, name: str) -> int:
-        self._note("size", name)
-        return self._inner.size(name)
-
-    def exists(self, name: str) -> bool:
-        self._note("exists", name)
-        return self._inner.exists(name)
-
-    def create(self, name: str, data: bytes) -> None:
-        self._note("create", name)
-        self._inner.create(name, data)
-
-    def stage(self) -> Staged:
-        self._note("stage", "")
-        return _RecordedStage(self._inner.stage(), self)
-
-    def list_names(self, prefix: str) -> list[str]:
-        self._note("list", prefix)
-        return self._inner.list_names(prefix)
-
-    def list(self, prefix: str) -> Iterator[Entry]:
-        self._note("list", prefix)
-        return self._inner.list(prefix)
-
-    def move(self, name: str, target: str) -> None:
-        self._note("move", name)
-        self._inner.move(name, target)
-
-    def delete(self, name: str) -> None:
-        self._note("delete", name)
-        self._inner.delete(name)
-
-    def free_space(self) -> int | None:
-        return self._inner.free_space()
-
-    def initializing(self) -> AbstractContextManager[None]:
-        return self._inner.initializing()
-
-    def strangers(self) -> Sequence[str]:
-        return self._inner.strangers()
-
-    def sweep(self) -> Sequence[str]:
-        self._note("sweep", "")
-        return self._inner.sweep()
-
-
-class _RecordedStage:
-    def __init__(self, inner: Staged, storage: Recording) -> None:
-        self._inner = inner
-        self._storage = storage
-
-    @property
-    def fd(self) -> int:
-        return self._inner.fd
-
-    def publish(self, name: str) -> None:
-        self._storage._note("publish", name)
-        self._inner.publish(name)
-
-    def discard(self) -> None:
-        self._inner.discard()
 
 
 @contextmanager

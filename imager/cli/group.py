@@ -14,6 +14,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from imager.cli.options import SIZE
 from imager.cli.shell import PROGRESS_MODES, Settings, Shell
 from imager.errors import Interrupted
 
@@ -39,7 +40,9 @@ def _global_options(*, environment: bool) -> list[click.Option]:
         return option(*names, allow_from_autoenv=False, **more)
 
     return [
-        option("-r", "--repo", metavar="REPO", help="The repository: a folder."),
+        option(
+            "-r", "--repo", metavar="REPO", help="The repository: a folder, s3://, gs://, az:// or ssh://."
+        ),
         secret(
             "--passphrase-file",
             metavar="FILE",
@@ -50,7 +53,27 @@ def _global_options(*, environment: bool) -> list[click.Option]:
             metavar="COMMAND",
             help="Take the passphrase from the first line that COMMAND prints.",
         ),
+        secret(
+            "--passphrase-fd",
+            type=click.IntRange(min=0),
+            metavar="N",
+            help="Take the passphrase from the first line of descriptor N.",
+        ),
         secret("--keyfile", metavar="FILE", help="Open the repository with the key in FILE."),
+        option(
+            "--limit-upload", type=SIZE, metavar="RATE", help="Send at most RATE bytes a second: 10M, 500K."
+        ),
+        option(
+            "--limit-download",
+            type=SIZE,
+            metavar="RATE",
+            help="Fetch at most RATE bytes a second: 10M, 500K.",
+        ),
+        secret(
+            "--recovery-key-file",
+            metavar="FILE",
+            help="Open the repository with the recovery key in FILE; - asks for it.",
+        ),
         option("--json", is_flag=True, default=None, help="Print JSON, for programs."),
         option(
             "--progress",
@@ -99,12 +122,42 @@ def verb(name: str, **more: Any) -> Callable[[Callable[..., int | None]], click.
 
 
 class LazyGroup(click.Group):
-    """Verbs by name; `modules` says where each one's `command` is."""
+    """Verbs by name; `modules` says where each one's `command` is.
 
-    def __init__(self, *, modules: dict[str, str], **more: Any) -> None:
+    `top`: this is the program itself, whose options look into the environment. A verb that is a
+    group again has the same options, and lists them apart from its verbs.
+    """
+
+    def __init__(self, *, modules: dict[str, str], top: bool = True, **more: Any) -> None:
         super().__init__(**more)
         self._modules = modules
-        self.params.extend(_global_options(environment=True))
+        self._top = top
+        self.params.extend(_global_options(environment=top))
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        if self._top:
+            super().format_options(ctx, formatter)
+            return
+        self.format_commands(ctx, formatter)
+        records = [r for r in (p.get_help_record(ctx) for p in self.get_params(ctx)) if r is not None]
+        with formatter.section("Options of every verb"):
+            formatter.write_dl(records)
+
+    def leaves(self, ctx: click.Context) -> list[tuple[str, ...]]:
+        """Every verb that does something, by the words that name it: `("list",)`, `("key", "list")`."""
+        found: list[tuple[str, ...]] = []
+        for name in self._modules:
+            command = self.get_command(ctx, name)
+            below = command.leaves(ctx) if isinstance(command, LazyGroup) else [()]
+            found += [(name, *words) for words in below]
+        return found
+
+    def leaf(self, ctx: click.Context, words: Sequence[str]) -> click.Command:
+        """The verb that these words name. Raises `LookupError`."""
+        command = self.get_command(ctx, words[0])
+        if command is None:
+            raise LookupError(words[0])
+        return command.leaf(ctx, words[1:]) if isinstance(command, LazyGroup) and words[1:] else command
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self._modules)
@@ -131,7 +184,10 @@ class LazyGroup(click.Group):
             return super().resolve_command(ctx, args)
         import difflib
 
+        whole = ctx.command_path.partition(" ")[2]
         near: Sequence[str] = difflib.get_close_matches(name, self._modules, n=2)
         raise click.UsageError(
-            f"there is no verb {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""), ctx
+            f"there is no verb {f'{whole} {name}'.strip()!r}"
+            + (f"; did you mean {' or '.join(near)}?" if near else ""),
+            ctx,
         )

@@ -36,9 +36,12 @@ VERBS = (
     "check",
     "sync",
     "restore",
+    "serve",
+    "doctor",
     "forget",
     "pin",
     "prune",
+    "key",
     "lab",
     "completion",
 )
@@ -54,7 +57,8 @@ group = LazyGroup(
 
     Every option has an environment variable: IMAGER_REPO, IMAGER_PROGRESS,
     IMAGER_BACKUP_COMPRESSION and so on. The passphrase comes from a prompt, or
-    from IMAGER_PASSPHRASE, IMAGER_PASSPHRASE_FILE or IMAGER_PASSPHRASE_COMMAND.
+    from IMAGER_PASSPHRASE, IMAGER_PASSPHRASE_FILE or IMAGER_PASSPHRASE_COMMAND;
+    docs/reference/environment.md has every way, in its order.
     """,
     epilog="Exit codes: 0 done, 1 failed or differs, 2 usage, 3 incomplete, 10 no repository, "
     "11 locked, 12 wrong key, 20 refused by the write guard, 21 not confirmed, 30 damage, 130 interrupted.",
@@ -64,6 +68,8 @@ click.version_option(__version__, message="imager %(version)s")(group)
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    if (retry := sys.modules.get("imager.storage.retry")) is not None:
+        retry.give_up()
     # No subclass of Exception: nothing on the way that forgives errors may take it for one.
     raise KeyboardInterrupt(signal.Signals(number).name)
 

@@ -11,8 +11,8 @@ import sys
 
 import click
 
-from imager.cli.group import Verb
-from imager.cli.main import VERBS, group
+from imager.cli.group import LazyGroup, Verb
+from imager.cli.main import group
 
 
 def _prose(text: str | None) -> str:
@@ -48,9 +48,15 @@ def page() -> str:
     lines += ["## Options of every verb", "", "They stand before or after the verb.", ""]
     common = [p for p in group.params if isinstance(p, click.Option) and p.name != "version"]
     lines += [*_options(list(common), top), ""]
-    for name in VERBS:
-        command = group.get_command(top, name)
+    begun: set[str] = set()
+    for words in group.leaves(top):
+        above = group.leaf(top, words[:1])
+        if isinstance(above, LazyGroup) and words[0] not in begun:
+            begun.add(words[0])
+            lines += [f"## {words[0]}", "", f"    imager {words[0]} VERB", "", _prose(above.help), ""]
+        command = group.leaf(top, words)
         assert isinstance(command, Verb)
+        name = " ".join(words)
         context = click.Context(command, info_name=name, parent=top)
         usage = " ".join(command.collect_usage_pieces(context))
         lines += [f"## {name}", "", f"    imager {name} {usage}", "", _prose(command.help), ""]

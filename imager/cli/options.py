@@ -6,6 +6,8 @@ to write it, before anything is opened.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import click
 
 from imager.errors import UsageError
@@ -61,6 +63,20 @@ class Duration(click.ParamType[int]):
 
 
 DURATION = Duration()
+
+
+def new_secret_options(function: Callable[..., int | None]) -> Callable[..., int | None]:
+    """The options that say where the secret of a new key slot comes from."""
+    # Their variables (IMAGER_NEW_PASSPHRASE_FILE and so on) are for `imager.repository.credentials` to judge.
+    for name, value, text in (
+        ("--new-passphrase-command", "COMMAND", "Take the new passphrase from what COMMAND prints."),
+        ("--new-passphrase-file", "FILE", "Take the new passphrase from the first line of FILE."),
+        ("--new-keyfile", "FILE", "The new key is FILE, which is made if it does not exist."),
+    ):
+        function = click.option(name, metavar=value, allow_from_autoenv=False, help=text)(function)
+    return function
+
+
 SIZE = Size()
 CODEC = Codec()
 THREADS = click.IntRange(0, 1024)

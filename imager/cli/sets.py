@@ -24,6 +24,7 @@ def document(manifest: Manifest) -> dict[str, Any]:
         "previous": plain(manifest.previous),
         "digest": manifest.digest.hex(),
         "readable": manifest.body is not None,
+        "writer": plain(manifest.public.writer),
     }
     if manifest.body is not None:
         fields |= plain(manifest.body)

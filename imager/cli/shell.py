@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from imager.cli.reporters import TerminalReporter
     from imager.repository.credentials import Credentials
     from imager.repository.repository import Opening, Repository
+    from imager.storage.base import Storage
 
 PROGRESS_MODES = ("auto", "plain", "json", "none")
 
@@ -30,7 +31,11 @@ class Settings:
     repo: str | None = None
     passphrase_file: str | None = None
     passphrase_command: str | None = None
+    passphrase_fd: int | None = None
     keyfile: str | None = None
+    limit_upload: int | None = None
+    limit_download: int | None = None
+    recovery_key_file: str | None = None
     json: bool = False
     progress: str = "auto"
     verbose: int = 0
@@ -55,6 +60,11 @@ class Shell:
         sys.stdout.write(encode(value) + "\n")
         sys.stdout.flush()
 
+    def fields(self, value: object) -> dict[str, Any]:
+        """The fields of a result, to be joined with others."""
+        found: dict[str, Any] = plain(value)
+        return found
+
     def message(self, message_type: str, value: object) -> None:
         """A line of the JSON stream of a long job."""
         self.document({"message_type": message_type, **plain(value)})
@@ -77,13 +87,28 @@ class Shell:
         return self.settings.repo
 
     def credentials(self) -> Credentials:
-        """Where the passphrase or key comes from."""
+        """Where the secret that opens the repository comes from."""
         from imager.repository.credentials import Credentials
 
         return Credentials(
             passphrase_file=self.settings.passphrase_file,
             passphrase_command=self.settings.passphrase_command,
+            passphrase_fd=self.settings.passphrase_fd,
             keyfile=self.settings.keyfile,
+            recovery_key_file=self.settings.recovery_key_file,
+        )
+
+    def new_credentials(
+        self, *, keyfile: str | None, passphrase_file: str | None, passphrase_command: str | None
+    ) -> Credentials:
+        """Where the secret of a new key slot comes from: these options, or IMAGER_NEW_ variables."""
+        from imager.repository.credentials import Credentials
+
+        return Credentials(
+            keyfile=keyfile,
+            passphrase_file=passphrase_file,
+            passphrase_command=passphrase_command,
+            prefix="IMAGER_NEW_",
         )
 
     def credentials_of(self, keyfile: str | None, passphrase_file: str | None) -> Credentials:
@@ -94,16 +119,27 @@ class Shell:
             return self.credentials()
         return Credentials(keyfile=keyfile, passphrase_file=passphrase_file, interactive=False)
 
-    def open(self, *, writing: bool = False) -> Opening:
+    def open(self, *, writing: bool = False, cached: bool = False) -> Opening:
         """Begin to open the repository: the key slots are tried while the verb gets ready.
 
+        `cached`: copies of what a far repository holds may be used; not where damage is looked for.
         Call `unlock()` on the result. Raises `NoRepository`, `WrongKey`, `UsageError`.
         """
-        place = self.repository_name()
+        storage = self.storage(self.repository_name(), cached=cached)
         from imager.repository.repository import Repository
-        from imager.storage.open import open_storage
 
-        return Repository.begin(open_storage(place), self.credentials(), writing=writing)
+        return Repository.begin(storage, self.credentials(), writing=writing)
+
+    def storage(self, place: str, *, cached: bool = False) -> Storage:
+        """The storage at `place`, with the limits that the settings ask for. Raises `UsageError`."""
+        from imager.storage.location import open_storage
+
+        limits = None
+        if self.settings.limit_upload or self.settings.limit_download:
+            from imager.storage.limit import Limits
+
+            limits = Limits(self.settings.limit_upload, self.settings.limit_download)
+        return open_storage(place, limits, cached=cached)
 
     def open_keyless(self, *, writing: bool = False) -> Callable[[], Repository]:
         """What opens the repository without a secret. Raises `UsageError`."""
@@ -111,9 +147,8 @@ class Shell:
 
         def opening() -> Repository:
             from imager.repository.keyless import open_keyless
-            from imager.storage.open import open_storage
 
-            return open_keyless(open_storage(place), writing=writing)
+            return open_keyless(self.storage(place), writing=writing)
 
         return opening
 

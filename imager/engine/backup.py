@@ -33,10 +33,11 @@ from imager.engine.source import Opened, SourcePlan, open_source
 from imager.errors import ImagerError
 from imager.events import Reporter
 from imager.extents import Extents
-from imager.repository import imageset, index, missing
+from imager.repository import imageset, index, merging, missing
 from imager.repository.blockmap import DamagedPage, MapReader
 from imager.repository.format import lineage_id, now
 from imager.repository.imageset import Body, Head, Image, Previous, Public
+from imager.repository.knownpages import KnownPages
 from imager.repository.repository import Repository
 from imager.repository.session import Session
 from imager.repository.witness import Witness
@@ -68,13 +69,17 @@ class ImageSummary:
 
 @dataclass(frozen=True, slots=True)
 class BackupSummary:
-    """A finished set. `bytes_stored`: all that was written to the repository."""
+    """A finished set. `bytes_stored`: all that was written to the repository.
+
+    `by_content`: the key cannot read earlier sets, so all was read and looked up by its content.
+    """
 
     set: str
     name: str
     strategy: str
     base: str | None
     sequence: int
+    by_content: bool
     images: tuple[ImageSummary, ...]
     bytes_stored: int
     seconds: float
@@ -298,10 +303,13 @@ def _run(
             if lane.opened is not None
         )
     reporter.phase("reading", total)
+    stored = None
+    if plan.by_content and plan.previous is not None:
+        stored = KnownPages(repository, plan.previous.public.roots)
     for lane in lanes:
         base = MapReader(repository, lane.base, listed_only=True) if lane.base is not None else None
         size = lane.opened.size if lane.opened is not None else 0
-        lane.imaging = Imaging(session, known, settings, base, reporter, size)
+        lane.imaging = Imaging(session, known, settings, base, reporter, size, stored)
     if len(lanes) == 1:
         _image(lanes[0])
     else:
@@ -321,7 +329,7 @@ def _run(
                 source=_identity(lane.source),
             )
         )
-    index.write_segment(session, known)
+    segment = index.write_segment(session, known)
     if known.damaged_pages:
         reporter.warn(
             f"{known.damaged_pages} look-ups met a damaged index page",
@@ -364,12 +372,15 @@ def _run(
     )
     for problem in Witness(repository.place).committed(head, plan.seen):
         reporter.note(problem)
+    if segment is not None:
+        merging.tend(repository, known, reporter, stored=session.stored)
     return BackupSummary(
         set=session.id,
         name=plan.name,
         strategy=plan.strategy,
         base=plan.base,
         sequence=public.sequence,
+        by_content=plan.by_content,
         images=summaries,
         bytes_stored=session.stored,
         seconds=round(time.monotonic() - begun, 3),

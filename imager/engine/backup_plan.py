@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from imager.engine.source import SourcePlan, lineage_name, plan_sources
-from imager.errors import ImagerError, UsageError
+from imager.errors import ImagerError, UsageError, WrongKey
 from imager.events import Reporter
-from imager.repository import imageset, tombstones
+from imager.repository import imageset, knownpages, tombstones
 from imager.repository.format import is_block_size, lineage_id
 from imager.repository.imageset import Head, Image, Manifest
 from imager.repository.repository import Repository
 from imager.repository.witness import Witness
+from imager.repository.writers import ANY_HOST
 from imager.units import KIB, MIB, TIB, format_size
 
 STRATEGIES = ("auto", "full", "incremental", "differential")
@@ -55,11 +56,18 @@ class BackupPlan:
     previous: Manifest | None
     seen: tuple[str, ...] = ()
 
+    @property
+    def by_content(self) -> bool:
+        """Whether there is an earlier set that the key cannot read: its content is found by the index."""
+        return self.previous is not None and self.previous.body is None
+
     def describe(self) -> list[str]:
         """The plan in lines for a person."""
         base = f" on set {self.base[:8]}" if self.base else ""
         how = f"{self.compression}, blocks of {format_size(self.block_size)}"
         lines = [f"back up as {self.name}: {self.strategy}{base}, {how}"]
+        if self.by_content:
+            lines.append("  all is read and looked up by its content: this key cannot read earlier sets")
         for source in self.sources:
             size = "a stream" if source.stream else format_size(source.size)
             what = " ".join(filter(None, (source.identity.model, source.identity.serial)))
@@ -88,7 +96,7 @@ def plan(
 ) -> BackupPlan:
     """Identify sources, base and strategy. Reads no content.
 
-    Raises `UsageError`, `SourceError`, `StorageError`.
+    Raises `UsageError`, `SourceError`, `StorageError`, `WrongKey` where the key may not back up this host.
     """
     parse_compression(options.compression)
     if options.strategy not in STRATEGIES:
@@ -97,6 +105,7 @@ def plan(
     _refuse_own_storage(repository, found)
     name = lineage_name(found, options.name)
     host = imageset.this_host()
+    _may_sign(repository, host)
     heads, damaged = imageset.heads(repository)
     for problem in Witness(repository.place).observe(
         heads,
@@ -106,11 +115,11 @@ def plan(
     ):
         reporter.warn(problem, hint="run imager check; if that was you, go on: this backup will be whole")
     lineage = lineage_id(repository.secrets.id_key, host, name)
-    previous, unusable = imageset.latest_of(repository, lineage, heads)
+    previous, unusable = imageset.latest_of(repository, lineage, heads, host)
     for item in unusable:
         reporter.warn(f"image set {item.id[:8]} cannot be used as a base: {item.reason}")
     base = _base(repository, options, lineage, previous, heads, reporter)
-    block_size = _block_size(repository, options, found, base)
+    block_size = _block_size(repository, options, found, base, previous)
     if base is not None and not _fits(base, found, block_size):
         reporter.note(
             f"set {base.id[:8]} has none of these disks, or another block size: this is a full backup"
@@ -132,6 +141,25 @@ def plan(
         previous,
         tuple(head.id for head in heads),
     )
+
+
+def _may_sign(repository: Repository, host: str) -> None:
+    secrets = repository.secrets
+    if repository.sealed and not secrets.signing_seed:
+        raise WrongKey("this key can read, but not back up", hint="use a key with the role write or full")
+    writer = secrets.writer
+    if writer is None:
+        return
+    if writer.host not in (ANY_HOST, host):
+        raise WrongKey(
+            f"this key may back up the machine {writer.host}, and this one is called {host}",
+            hint=f"have a key made for it: imager key add --role write --host {host}",
+        )
+    if writer.writer in repository.revoked():
+        raise WrongKey(
+            f"the key of writer {writer.label} was revoked: nothing that it signs counts any more",
+            hint="have a new one made: imager key add --role write",
+        )
 
 
 def _refuse_own_storage(repository: Repository, sources: Sequence[SourcePlan]) -> None:
@@ -156,7 +184,10 @@ def _base(
             )
         return None
     if previous.body is None:
-        reporter.note("this key cannot read earlier sets: all is read, and compared by content")
+        reporter.note(
+            "this key cannot read earlier sets: all is read and looked up by its content; "
+            "what is stored already is not stored again"
+        )
         return None
     if options.strategy != "differential" or previous.body.strategy == "full":
         return previous
@@ -173,7 +204,11 @@ def _base(
 
 
 def _block_size(
-    repository: Repository, options: BackupOptions, sources: Sequence[SourcePlan], base: Manifest | None
+    repository: Repository,
+    options: BackupOptions,
+    sources: Sequence[SourcePlan],
+    base: Manifest | None,
+    previous: Manifest | None,
 ) -> int:
     wanted = options.block_size
     if wanted is not None and not is_block_size(wanted):
@@ -185,6 +220,11 @@ def _block_size(
         return fixed or wanted or 0
     if base is not None and base.images:
         return base.images[0].block_size
+    if previous is not None and previous.body is None:
+        # Other blocks would have other ids: all would be stored again.
+        told = knownpages.block_size(repository, previous.public)
+        if told is not None:
+            return told
     return default_block_size(max(source.size for source in sources))
 
 

@@ -79,27 +79,38 @@ class Fetcher:
         `quiet`: the reporter has been told of these bytes already.
         """
         self._quiet = quiet
+        for failures, reasons in self._passes(gather):
+            if failures:
+                failures = self._elsewhere(failures)
+            yield [damage for failure in failures for damage in self._damage(failure, reasons)]
+
+    def _passes(self, gather: Gather) -> Iterator[tuple[list[Failure], dict[int, str]]]:
+        """Slice by slice: what failed, and why packs that failed altogether did."""
+        if self._repository.storage.local:
+            for start, end in self._cuts(gather):
+                yield self._attempt(gather, start, end)
+            return
+        from imager.repository import ahead
+
+        cuts = ahead.cuts(gather, self._geometry.block_size)
+        with ahead.slices(self._repository, gather, cuts) as coming:
+            for one in coming:
+                yield self._fetch(gather, one.start, one.end, one.readers), one.reasons
+
+    def _cuts(self, gather: Gather) -> Iterator[tuple[int, int]]:
+        """Slices of bounded size, out of not too many packs."""
         most = max(1, SLICE_BYTES // self._geometry.block_size)
         start, total = 0, len(gather)
         while start < total:
             end = gather.slice_end(start, most)
-            packs = gather.packs(start, end)
-            while len(packs) > _PACKS and end > start + 1:
+            while len(gather.packs(start, end)) > _PACKS and end > start + 1:
                 end = start + (end - start) // 2
-                packs = gather.packs(start, end)
-            yield self._slice(gather, start, end, packs)
+            yield start, end
             start = end
 
-    def _slice(self, gather: Gather, start: int, end: int, packs: list[int]) -> list[Damage]:
-        failures, reasons = self._attempt(gather, start, end, packs)
-        if failures:
-            failures = self._elsewhere(failures)
-        return [damage for failure in failures for damage in self._damage(failure, reasons)]
-
-    def _attempt(
-        self, gather: Gather, start: int, end: int, packs: list[int]
-    ) -> tuple[list[Failure], dict[int, str]]:
+    def _attempt(self, gather: Gather, start: int, end: int) -> tuple[list[Failure], dict[int, str]]:
         """What failed, and why packs that failed altogether did."""
+        packs = gather.packs(start, end)
         reasons: dict[int, str] = {}
         try:
             with self._repository.packs(packs) as readers:
@@ -135,8 +146,7 @@ class Fetcher:
                     gather.add(block, slot)
             gather.sort()
             if len(gather):
-                again, _ = self._attempt(gather, 0, len(gather), gather.packs(0, len(gather)))
-                lost = {failure.blocks[0] for failure in again}
+                lost = {failure.blocks[0] for again, _ in self._passes(gather) for failure in again}
                 found += [failure for first, failure in hoped.items() if first not in lost]
                 left = [one for one in left if one.blocks[0] not in hoped or one.blocks[0] in lost]
             if not left or not locator.look_again():

@@ -127,7 +127,7 @@ def repaired(
 
 
 def _open_source(place: str) -> Repository:
-    from imager.storage.open import open_storage
+    from imager.storage.location import open_storage
 
     return open_keyless(open_storage(place))
 

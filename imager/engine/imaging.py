@@ -22,6 +22,7 @@ from imager.extents import Extents
 from imager.repository import index
 from imager.repository.blockmap import MapReader
 from imager.repository.format import PACK_TARGET, PAGE_SLOTS
+from imager.repository.knownpages import KnownPages
 from imager.repository.manifest import Root
 from imager.repository.mapwriter import Leaf, MapWriter
 from imager.repository.session import Session, writing_failed
@@ -88,6 +89,7 @@ class Imaging:
         base: MapReader | None,
         reporter: Reporter,
         size: int,
+        stored: KnownPages | None = None,
     ) -> None:
         self._session = session
         self._repository = session.repository
@@ -95,7 +97,7 @@ class Imaging:
         self._settings = settings
         self._reporter = reporter
         self._size = size
-        self._writer = MapWriter(session, -(-size // settings.block_size), base)
+        self._writer = MapWriter(session, -(-size // settings.block_size), base, stored)
         self._pack: _native.PackWriter | None = None
         self._lost: list[tuple[int, int]] = []
         self._warned = False
@@ -292,7 +294,7 @@ class Imaging:
         if self._writer.pending >= _MAX_PENDING // 2 or self._pack is None:
             self._writer.flush()
         if self._known.pending >= index.SEGMENT_ENTRIES:
-            index.write_segment(self._session, self._known, reload=True)
+            index.write_segment(self._session, self._known, self._reporter, reload=True)
 
     def seal(self) -> None:
         """Seal the open pack, so that every map that refers to it can be written."""

@@ -20,7 +20,8 @@ from imager.engine.journal import Journal
 from imager.errors import IntegrityError, UsageError
 from imager.events import Reporter
 from imager.repository.repository import Repository
-from imager.storage.folder import FolderStorage
+from imager.storage.base import Storage
+from imager.storage.location import local_path
 from imager.units import KIB, format_size, format_time
 
 _TABLE = 64 * KIB  # holds a GPT of the usual 128 entries at any sector size
@@ -183,9 +184,9 @@ def plan(
 
 
 def _examine(
-    image: Image, target: str, options: RestoreOptions, storage: object
+    image: Image, target: str, options: RestoreOptions, storage: Storage
 ) -> tuple[guard.Verdict, Journal, bool]:
-    root = storage.root if isinstance(storage, FolderStorage) else None
+    root = local_path(storage)  # A far repository lives on no disk of this machine.
 
     def ask(overwrite: bool) -> guard.Verdict:
         return guard.examine(

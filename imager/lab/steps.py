@@ -26,7 +26,7 @@ from imager.lab.rig import SourceDisk, TargetDisk
 from imager.repository import check
 from imager.repository.credentials import Credentials
 from imager.repository.repository import Repository
-from imager.storage.open import open_storage
+from imager.storage.location import open_storage
 from imager.units import format_size
 
 NAME = "lab"

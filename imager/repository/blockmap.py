@@ -23,6 +23,8 @@ OnDamage = Callable[[int, int, str], None]
 """`on_damage(first_block, count, reason)`: the page for these blocks cannot be read."""
 
 _KEPT_PAGES = 64
+_EXPECTED = 32
+"Pages that a walk asks a far storage for before it comes to them."
 MOST_LOOKS = 16
 "How often a reader looks where a record is that one prune after the other moves on."
 
@@ -116,7 +118,7 @@ def open_page(repository: Repository, page: Page, blocks: int) -> Slots:
     parent implies; `WrongKey`, `StorageError`.
     """
     record = repository.read_page(page.pack, page.offset, page.length)
-    keys = repository.pack_reader(page.pack, KIND_MAP)[1]
+    keys = repository.pack_keys(page.pack, KIND_MAP)
     try:
         identity, level, start, slots = repository.vault.open_page(record, keys, repository.names, page.pack)
     except _native.DamagedError as error:
@@ -248,8 +250,16 @@ class MapReader:
                 continue
             for at in range(low, high):
                 begin = first + at * below
+                if not self.repository.storage.local and (at - low) % (_EXPECTED // 2) == 0:
+                    self._expect(slots, at, min(at + _EXPECTED, high))
                 if inside := wanted & Extents(((begin, begin + below),)):
                     yield from self._walk(self.child(page, slots, at), inside, on_damage)
+
+    def _expect(self, slots: Slots, start: int, end: int) -> None:
+        """The walk is about to come to these children."""
+        for at in range(start, end):
+            _, _, pack, offset, length = slots.get(at)
+            self.repository.expect_page(pack, offset, length)
 
 
 def diff(a: MapReader, b: MapReader) -> Iterator[tuple[int, int]]:

@@ -180,7 +180,7 @@ def _read_pack(found: Survey, path: str, threads: int) -> _Read:
         if not path.startswith(PACKS):
             return _Read()
         records = _native.pack_records(fd, name, repository.id)
-        return _Read(unknown=sum(1 for record in records if found.known.find(record[1]) is None))
+        return _Read(unknown=len(records) - found.known.count(b"".join(record[1] for record in records)))
     except (OSError, _native.DamagedError) as error:
         return _Read(f"it cannot be read: {getattr(error, 'strerror', error)}")
     finally:

@@ -37,7 +37,7 @@ def hurt_by_pack(found: Survey) -> dict[int, list[Hurt]]:
     found.reporter.phase("tracing the damage", None)
     for manifest in found.listing.sets:
         if manifest.body is None:
-            break  # A key that can write only traces nothing; the survey said so.
+            continue  # A key that cannot read it traces nothing; the survey said so.
         for image in manifest.images:
             for pack, ranges in _lost(found, image, doubtful).items():
                 costs[pack].append(_hurt(manifest, image, ranges))

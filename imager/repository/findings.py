@@ -45,7 +45,8 @@ class Hurt:
 class Problem:
     """One damaged, missing or doubtful object.
 
-    kind: config, slot, epoch, session, set, chain, history, tombstone, pin, condemned, pack, map, index.
+    kind: config, slot, epoch, revocation, session, set, chain, history, tombstone, pin, condemned, pack,
+    map, index.
     `repaired`: nothing is left to do about it and nothing was lost.
     """
 

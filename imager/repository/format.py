@@ -18,7 +18,7 @@ from imager.errors import IntegrityError, NoRepository
 
 VERSION = 1
 CONFIG = "config"
-SLOTS, EPOCHS, SESSIONS, SETS = "slots/", "epochs/", "sessions/", "sets/"
+SLOTS, EPOCHS, SESSIONS, SETS, REVOKED = "slots/", "epochs/", "sessions/", "sets/", "revoked/"
 PACKS, MAPS, INDEX, CONDEMNED, DAMAGED = "packs/", "maps/", "index/", "condemned/", "damaged/"
 ABSENT, CHECKED, HEALED = "absent/", "checked/", "damaged/healed/"
 FORGOTTEN, PINS = "forgotten/", "pins/"
@@ -94,8 +94,31 @@ class Kdf(msgspec.Struct, frozen=True, omit_defaults=True):
     lanes: int = 0
 
 
-class Slot(msgspec.Struct, frozen=True):
-    """One way to open the secrets (section 4)."""
+class Certificate(msgspec.Struct, frozen=True):
+    """The repository's word that a key which can write only may sign image sets (section 4).
+
+    `writer`: the key's id; `host`: the one machine whose sets it may sign, `*` for any.
+    """
+
+    writer: str
+    host: str
+    label: str
+    public: str
+    signature: str
+
+
+class Revocation(msgspec.Struct, frozen=True):
+    """A writer's key is not to be believed any more but for the sets of these digests (section 4)."""
+
+    writer: str
+    repository: str
+    created: int
+    sets: tuple[str, ...]
+    signature: str
+
+
+class Slot(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One way to open the secrets (section 4). `reads`: numbers of the epochs in it, as its maker said."""
 
     slot: str
     repository: str
@@ -106,6 +129,8 @@ class Slot(msgspec.Struct, frozen=True):
     kdf: Kdf
     nonce: str
     sealed: str
+    reads: tuple[int, ...] = ()
+    writer: Certificate | None = None
 
 
 class SessionObject(msgspec.Struct, frozen=True):
@@ -303,6 +328,19 @@ def tombstone_message(tombstone: dict[str, Any]) -> bytes:
     """What the signature of a tombstone is made over: the digest of the object without it."""
     bare = {key: value for key, value in tombstone.items() if key != "signature"}
     return _native.blake3(b"imager forgotten v1" + canonical(bare))
+
+
+def certificate_message(repository: bytes, certificate: Certificate) -> bytes:
+    """What the signature of a writer's certificate is made over."""
+    bare = {"host": certificate.host, "label": certificate.label}
+    bare |= {"public": certificate.public, "writer": certificate.writer}
+    return _native.blake3(b"imager writer v1" + repository + canonical(bare))
+
+
+def revocation_message(revocation: dict[str, Any]) -> bytes:
+    """What the signature of a revocation is made over: the digest of the object without it."""
+    bare = {key: value for key, value in revocation.items() if key != "signature"}
+    return _native.blake3(b"imager revocation v1" + canonical(bare))
 
 
 def lineage_id(id_key: bytes, host: str, name: str) -> bytes:

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 
 from imager import _native
-from imager.errors import ImagerError, IntegrityError, NoRepository, UsageError
+from imager.errors import ImagerError, IntegrityError, NoRepository, UsageError, WrongKey
 from imager.repository.format import (
     MAX_SMALL_JSON,
     SESSIONS,
     SETS,
     is_id,
     lineage_id,
+    now,
     parse_session,
 )
 from imager.repository.manifest import (
@@ -38,13 +39,15 @@ from imager.repository.manifest import (
     root_level,
 )
 from imager.repository.repository import Repository
+from imager.repository.writers import ANY_HOST
 from imager.storage.errors import NotFound
 from imager.units import format_time
 
 __all__ = [
     "Body", "Damaged", "Head", "Image", "Listing", "Manifest", "NoSuchSet", "Previous", "Public", "Root",
-    "Selector", "chain_problems", "check_name", "decode", "encode", "heads", "latest_of", "list_sets",
-    "parse_time", "read_set", "resolve", "root_level", "select_image", "split_selector", "this_host",
+    "Selector", "ahead", "chain_problems", "check_name", "decode", "encode", "heads", "latest_of",
+    "list_sets", "own_lineages", "parse_time", "read_set", "resolve", "root_level", "select_image",
+    "split_selector", "this_host",
 ]  # fmt: skip
 
 _TIME = r"(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d)(:\d\d)?(\.\d{1,6})?)?(Z|[+-]\d\d:?\d\d)?"
@@ -52,6 +55,8 @@ _SELECTOR = rf"(?P<set>[^@:]+(?:@(?:{_TIME}|[^:]*))?)(?::(?P<disk>[^:]+)(?::(?P<
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _UNITS = {False: timedelta(days=1), True: timedelta(minutes=1)}
 _HEX = frozenset("0123456789abcdef")
+_AT_ONCE = 64
+"Manifests of a far storage that are held at once."
 
 
 class NoSuchSet(ImagerError):
@@ -104,6 +109,12 @@ def this_host() -> str:
     return os.uname().nodename
 
 
+def own_lineages(repository: Repository, names: Iterable[str]) -> dict[str, str]:
+    """Lineage ids of this machine's lineages of these names: a key that cannot read finds sets by them."""
+    key = repository.secrets.id_key
+    return {lineage_id(key, this_host(), name).hex(): name for name in names}
+
+
 def check_name(name: str) -> str:
     """`name` if a lineage or disk can have it. Raises `UsageError`."""
     if not name or len(name) > 255 or not name.isprintable() or name != name.strip():
@@ -121,14 +132,24 @@ def check_name(name: str) -> str:
 
 def raw_sets(repository: Repository) -> Iterable[tuple[str, bytes]]:
     """(id, bytes) of what lies at each set's place: manifests and abort marks. Raises `StorageError`."""
-    for name in repository.storage.list_names(SETS):
-        set_id = name.removeprefix(SETS)
-        if not is_id(set_id):
-            continue  # Not ours: something a file manager left, say.
+    storage = repository.storage
+    # What has no id for a name is not ours: something a file manager left, say.
+    ids = [one for name in storage.list_names(SETS) if is_id(one := name.removeprefix(SETS))]
+
+    def read(set_id: str) -> tuple[str, bytes] | None:
         try:
-            yield set_id, repository.storage.read(name, 0, MAX_MANIFEST + 1)
+            return set_id, storage.read(SETS + set_id, 0, MAX_MANIFEST + 1)
         except NotFound:
-            continue  # deleted since it was listed
+            return None  # deleted since it was listed
+
+    if storage.local:
+        yield from filter(None, map(read, ids))
+        return
+    from imager.storage import spool
+
+    for at in range(0, len(ids), _AT_ONCE):
+        batch = ids[at : at + _AT_ONCE]
+        yield from filter(None, spool.run_all([lambda one=one: read(one) for one in batch]))  # type: ignore[misc]
 
 
 def heads(repository: Repository) -> tuple[list[Head], list[Damaged]]:
@@ -183,17 +204,27 @@ def read_set(repository: Repository, set_id: str) -> Manifest:
 
 
 def latest_of(
-    repository: Repository, lineage: bytes, known: Iterable[Head] | None = None
+    repository: Repository, lineage: bytes, known: Iterable[Head] | None = None, host: str | None = None
 ) -> tuple[Manifest | None, list[Damaged]]:
-    """The newest whole set of a lineage, and the newer ones that are damaged. Raises `StorageError`."""
+    """The newest whole set of a lineage, and the newer ones that are damaged. Raises `StorageError`.
+
+    `host`: the machine whose lineage it is, so that a set which another one's key signed is no part of it.
+    """
     text = lineage.hex()
     found = heads(repository)[0] if known is None else known
     damaged: list[Damaged] = []
     for head in sorted((head for head in found if head.lineage == text), key=_order, reverse=True):
         try:
-            return decode(repository, head.id, head.raw), damaged
+            manifest = decode(repository, head.id, head.raw)
         except (IntegrityError, NoRepository) as error:
             damaged.append(Damaged(head.id, error.message))
+            continue
+        writer = manifest.public.writer
+        if writer is None or host is None or writer.host in (ANY_HOST, host):
+            return manifest, damaged
+        damaged.append(
+            Damaged(head.id, f"it is signed by the key of {writer.label}, which is not this host's")
+        )
     return None, damaged
 
 
@@ -227,7 +258,19 @@ def chain_problems(
             problems.append((manifest.id, f"the image set before it, {previous.set}, is another than it was"))
         elif before.lineage != manifest.lineage or before.sequence + 1 != manifest.sequence:
             problems.append((manifest.id, f"it does not follow on {previous.set}, as it says it does"))
+        elif before.created >= manifest.created:
+            problems.append((manifest.id, f"its time is not later than that of {previous.set}, before it"))
     return problems
+
+
+def ahead(sets: Iterable[Manifest], *, at: int | None = None) -> list[str]:
+    """Ids of sets whose time lies more than a day after `at` (microseconds; None: this machine's clock).
+
+    A clock was wrong there, or somebody wants a rule that keeps the newest to keep these and to forget the
+    others. No decision hangs on it but a person's.
+    """
+    limit = (now() if at is None else at) + 24 * 3600 * 1_000_000
+    return [manifest.id for manifest in sets if manifest.created > limit]
 
 
 # --- what a person means -----------------------------------------------------------------
@@ -289,7 +332,7 @@ def resolve(repository: Repository, text: str, *, host: str | None = None) -> Ma
         if lineage is None:
             if not at and (chosen := _by_prefix(text, found, damaged)) is not None:
                 return read_set(repository, chosen)
-            raise _no_set(text, damaged)
+            raise _no_set(repository, text, found, damaged)
         candidates = [head for head in found if head.lineage == lineage]
     if until is not None:
         candidates = [head for head in candidates if head.created <= until]
@@ -306,7 +349,7 @@ def resolve(repository: Repository, text: str, *, host: str | None = None) -> Ma
             f"there is no image set of {name} at or before {format_time(until / 1e6)}", hint=_LIST
         )
     if newest is None:
-        raise _no_set(text, damaged)
+        raise _no_set(repository, text, found, damaged)
     return decode(repository, newest.id, newest.raw)
 
 
@@ -353,7 +396,12 @@ def _begun(repository: Repository, session: str) -> int | None:
 _LIST = "imager list shows what there is"
 
 
-def _no_set(text: str, damaged: list[Damaged]) -> ImagerError:
+def _no_set(repository: Repository, text: str, found: list[Head], damaged: list[Damaged]) -> ImagerError:
+    if repository.sealed and any(decode(repository, head.id, head.raw).body is None for head in found):
+        return WrongKey(
+            f"no image set that this key can read is called {text!r}, and there are some that it cannot read",
+            hint="use a key with the full role, or name the set by its id",
+        )
     if damaged:
         many = f"one of {len(damaged)} damaged ones" if len(damaged) > 1 else f"the damaged {damaged[0].id}"
         return IntegrityError(

@@ -9,7 +9,6 @@ signatures and digests carry.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 
 from imager.errors import IntegrityError, WrongKey
 from imager.repository import keys
@@ -30,9 +29,6 @@ class Keyless(Repository):
     def session_key(self, envelope: bytes) -> int:
         """Raises `WrongKey`."""
         raise WrongKey("nothing can be decrypted without a key", hint="give a passphrase or a keyfile")
-
-    def _handles_of(self, envelopes: Sequence[bytes]) -> tuple[int | None, ...]:
-        return (None,) * len(envelopes)
 
 
 def open_keyless(storage: Storage, *, writing: bool = False) -> Repository:

@@ -8,12 +8,12 @@ told: a slot opens, or it does not.
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from imager import _native
-from imager.errors import ImagerError, IntegrityError, UsageError, WrongKey
+from imager.errors import IntegrityError, UsageError, WrongKey
 from imager.repository.format import (
     CIPHER_AES,
     CIPHER_CHACHA,
@@ -21,6 +21,7 @@ from imager.repository.format import (
     CONTEXT_KEYFILE,
     CONTEXT_SESSION,
     ENVELOPE,
+    Certificate,
     Epoch,
     Kdf,
     Slot,
@@ -37,7 +38,9 @@ _MAX_MEMORY_KIB, _MAX_PASSES, _MAX_LANES = 1 << 20, 16, 16
 MIN_KEYFILE, MAX_KEYFILE = 32, 1 << 20
 _ZERO_NONCE = bytes(12)
 _KINDS = ("passphrase", "keyfile", "recovery")
-_ROLES = ("full", "write")
+FULL, READ, WRITE = "full", "read", "write"
+ROLES = (FULL, READ, WRITE)
+_MAX_EPOCH = (1 << 32) - 1
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -52,13 +55,29 @@ class Secret:
 class Secrets:
     """What a repository's records are made and opened with (section 4).
 
-    `epochs` (number -> X25519 private key) is empty for a key that can only
-    write. Without encryption there is nothing but `id_key`.
+    Role full: `signing_seed` is the repository's own. Role write: it is the writer's,
+    which `writer` certifies, and `epochs` (number -> X25519 private key) is empty.
+    Role read: there is none. Without encryption there is nothing but `id_key`.
     """
 
     id_key: bytes
     signing_seed: bytes
     epochs: dict[int, bytes]
+    verify_key: bytes = b""
+    "The repository's public key, as the slot has it; empty with role full, whose seed tells."
+    writer: Certificate | None = None
+    floor: int = 0
+    "An epoch that there was when a slot of role write was made."
+
+    @property
+    def role(self) -> str:
+        """full, read or write."""
+        return FULL if not self.verify_key else WRITE if self.writer is not None else READ
+
+    @property
+    def newest(self) -> int:
+        """The newest epoch that the key knows of: the repository has that one at least."""
+        return max(self.floor, *self.epochs, 0)
 
 
 def passphrase(text: str) -> Secret:
@@ -81,6 +100,11 @@ def keyfile(content: bytes) -> Secret:
             hint="name another file, or leave it to init to make one",
         )
     return Secret("keyfile", content)
+
+
+def recovery(key: bytes) -> Secret:
+    """A recovery key, 20 bytes (`recovery_key` has them as text)."""
+    return Secret("recovery", key)
 
 
 def new_secrets() -> Secrets:
@@ -133,27 +157,51 @@ def _key_of_slot(kdf: Kdf, secret: Secret, what: str) -> bytes:
     return derive(secret.value)
 
 
-def new_slot(
-    repository: bytes, secrets: Secrets, secret: Secret, *, role: str = "full", label: str = ""
-) -> tuple[str, bytes]:
-    """A slot that opens `secrets` with `secret`: (slot id, object). role `write` leaves the epochs out."""
+def new_slot(repository: bytes, secrets: Secrets, secret: Secret, *, label: str = "") -> tuple[str, bytes]:
+    """A slot that opens `secrets` with `secret`, in the role that they have: (slot id, object)."""
     slot, salt, nonce = os.urandom(16), os.urandom(16).hex(), os.urandom(12)
     if secret.kind == "passphrase":
         kdf = Kdf("argon2id", salt, ARGON2_MEMORY_KIB, ARGON2_PASSES, ARGON2_LANES)
     else:
         kdf = Kdf("blake3", salt)
-    epochs = secrets.epochs if role == "full" else {}
-    payload = canonical(
-        {
-            "id_key": secrets.id_key,
-            "signing_seed": secrets.signing_seed,
-            "epochs": {str(number): key for number, key in epochs.items()},
-        }
-    )
+    role = secrets.role
+    payload: dict[str, object] = {
+        "id_key": secrets.id_key,
+        "epochs": {str(number): key for number, key in secrets.epochs.items()},
+    }
+    if role != READ:
+        payload["signing_seed"] = secrets.signing_seed
+    if role != FULL:
+        payload["verify_key"] = secrets.verify_key
+    if role == WRITE:
+        payload["floor"] = secrets.floor
     key = _key_of_slot(kdf, secret, "the new slot")
-    sealed = _native.wrap(key, nonce, payload, _slot_data(repository, slot, secret.kind, role))
-    body = Slot(slot.hex(), repository.hex(), secret.kind, role, label, now(), kdf, nonce.hex(), sealed.hex())
+    sealed = _native.wrap(key, nonce, canonical(payload), _slot_data(repository, slot, secret.kind, role))
+    body = Slot(
+        slot.hex(),
+        repository.hex(),
+        secret.kind,
+        role,
+        label,
+        now(),
+        kdf,
+        nonce.hex(),
+        sealed.hex(),
+        reads=tuple(sorted(secrets.epochs)),
+        writer=secrets.writer,
+    )
     return slot.hex(), canonical(body)
+
+
+def for_reading(secrets: Secrets) -> Secrets:
+    """Of the secrets of role full, those of role read: they open everything and sign nothing."""
+    return Secrets(secrets.id_key, b"", secrets.epochs, public_key(secrets.signing_seed))
+
+
+def for_writing(secrets: Secrets, seed: bytes, writer: Certificate) -> Secrets:
+    """Of the secrets of role full, those of a writer that has been certified: they open nothing."""
+    verify_key = public_key(secrets.signing_seed)
+    return Secrets(secrets.id_key, seed, {}, verify_key, writer, floor=secrets.newest)
 
 
 def parse_slot(raw: bytes, name: str, repository: bytes) -> Slot:
@@ -162,13 +210,18 @@ def parse_slot(raw: bytes, name: str, repository: bytes) -> Slot:
     slot = shape(parse(raw, what), Slot, what)
     if slot.slot != name or slot.repository != repository.hex():
         raise IntegrityError(f"{what} is damaged: it belongs to another name or repository")
-    if slot.kind not in _KINDS or slot.role not in _ROLES:
+    if slot.kind not in _KINDS or slot.role not in ROLES:
         raise IntegrityError(f"{what} is damaged: unknown kind or role")
+    if (slot.role == WRITE) != (slot.writer is not None):
+        raise IntegrityError(f"{what} is damaged: its role does not go with a certificate, or lacks one")
     return slot
 
 
 def open_slot(slot: Slot, secret: Secret) -> Secrets | None:
-    """The secrets in a slot; None where `secret` is not that of the slot. Raises `IntegrityError`."""
+    """The secrets in a slot; None where `secret` is not that of the slot. Raises `IntegrityError`.
+
+    Whether they are those of the repository is for its opening to tell.
+    """
     what = f"key slot {slot.slot}"
     if slot.kind != secret.kind:
         return None
@@ -177,59 +230,39 @@ def open_slot(slot: Slot, secret: Secret) -> Secrets | None:
     payload = _native.unwrap(_key_of_slot(slot.kdf, secret, what), nonce, sealed, data)
     if payload is None:
         return None
-    value = parse(payload, what)
-    try:
-        epochs = {int(number): bytes.fromhex(key) for number, key in value["epochs"].items()}
-        secrets = Secrets(bytes.fromhex(value["id_key"]), bytes.fromhex(value["signing_seed"]), epochs)
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise IntegrityError(f"{what} holds no secrets of this format") from error
-    if any(len(key) != 32 for key in (secrets.id_key, secrets.signing_seed, *epochs.values())):
-        raise IntegrityError(f"{what} holds keys of a wrong length")
+    return _secrets(shape(parse(payload, what), _Payload, what), slot, what)
+
+
+class _Payload(msgspec.Struct, frozen=True):
+    """What is sealed in a slot, in hexadecimal."""
+
+    id_key: str
+    epochs: dict[str, str]
+    signing_seed: str = ""
+    verify_key: str = ""
+    floor: int = 0
+
+
+def _secrets(payload: _Payload, slot: Slot, what: str) -> Secrets:
+    """The secrets in a slot's payload, as its role has them. Raises `IntegrityError`."""
+    epochs: dict[int, bytes] = {}
+    for text, key in payload.epochs.items():
+        if not (text.isascii() and text.isdecimal() and text[0] != "0" and int(text[:11]) <= _MAX_EPOCH):
+            raise IntegrityError(f"{what} holds the key of an epoch that cannot be")
+        epochs[int(text)] = unhex(key, 32, what)
+    secrets = Secrets(
+        unhex(payload.id_key, 32, what),
+        unhex(payload.signing_seed, 0 if slot.role == READ else 32, what),
+        epochs,
+        unhex(payload.verify_key, 0 if slot.role == FULL else 32, what),
+        slot.writer if slot.role == WRITE else None,
+        payload.floor,
+    )
+    if secrets.role != slot.role or (slot.role == WRITE) == bool(epochs):
+        raise IntegrityError(f"{what} holds keys of another role")
+    if not 0 <= payload.floor <= _MAX_EPOCH:
+        raise IntegrityError(f"{what} holds the number of an epoch that cannot be")
     return secrets
-
-
-class Unlocking:
-    """Slots being tried in the background, from the moment this is made.
-
-    The slow step (Argon2id) lets other Python code run, so a caller makes this
-    first, does its other preparations, and asks for `result` when it must.
-    """
-
-    def __init__(self, slots: Sequence[Slot], secret: Secret) -> None:
-        self._slots = slots
-        self._secret = secret
-        self._secrets: Secrets | None = None
-        self._error: ImagerError | None = None
-        self._thread = threading.Thread(target=self._work, name="unlock", daemon=True)
-        self._thread.start()
-
-    def _work(self) -> None:
-        for slot in self._slots:
-            try:
-                self._secrets = open_slot(slot, self._secret)
-            except ImagerError as error:
-                self._error = error  # Another slot may still open.
-            except MemoryError:
-                self._error = ImagerError(
-                    f"not enough memory to try the {self._secret.kind}",
-                    hint="a passphrase needs 64 MiB for a moment",
-                )
-            except Exception as error:  # Told by `result`, not by a thread that nobody listens to.
-                self._error = ImagerError(f"the {self._secret.kind} could not be tried: {error}")
-            if self._secrets is not None:
-                return
-
-    def result(self) -> Secrets:
-        """The secrets. Raises `WrongKey`; `IntegrityError` where no slot opened and one was damaged."""
-        self._thread.join()
-        if self._secrets is not None:
-            return self._secrets
-        if self._error is not None:
-            raise self._error
-        raise WrongKey(
-            f"no key slot opens with this {self._secret.kind}",
-            hint="check for another keyboard layout, or for another repository's secret",
-        )
 
 
 # --- epochs and envelopes -------------------------------------------------------------
@@ -304,7 +337,7 @@ def open_envelope(envelope: bytes, secrets: Secrets, repository: bytes) -> tuple
                 "this key can back up, but not read what is stored", hint="use a key with the full role"
             )
         raise WrongKey(
-            f"this key does not have key epoch {epoch}", hint="use a key that was made, or renewed, after it"
+            f"this key does not have key epoch {epoch}", hint="use a key that was made after that rotation"
         )
     ephemeral = envelope[24:56]
     try:

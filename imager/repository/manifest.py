@@ -16,9 +16,10 @@ import msgspec
 
 from imager import _native
 from imager.errors import IntegrityError, NoRepository, WrongKey
-from imager.repository import keys
+from imager.repository import keys, writers
 from imager.repository.format import (
     ABORT_MAGIC,
+    ENVELOPE,
     KNOWN_SET_FEATURES,
     MAX_JSON,
     MAX_PACK,
@@ -28,12 +29,15 @@ from imager.repository.format import (
     SET_MAGIC,
     VERSION,
     AbortMark,
+    Certificate,
     canonical,
     is_block_size,
     is_id,
     is_pack_name,
+    lineage_id,
     parse,
     shape,
+    unhex,
 )
 
 if TYPE_CHECKING:
@@ -62,8 +66,8 @@ class Previous(msgspec.Struct, frozen=True):
     digest: str
 
 
-class Public(msgspec.Struct, frozen=True):
-    """What of a manifest is readable without a key."""
+class Public(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What of a manifest is readable without a key. `writer`: who signed it, if not the repository's key."""
 
     repository: str
     set: str
@@ -75,6 +79,7 @@ class Public(msgspec.Struct, frozen=True):
     previous: Previous | None
     envelope: str | None
     roots: tuple[Root | None, ...]
+    writer: Certificate | None = None
 
 
 class Image(msgspec.Struct, frozen=True):
@@ -114,7 +119,7 @@ class Body(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """An image set. `body` is None where the key can write only; `size`: of the manifest, in bytes."""
+    """An image set. `body` is None where the key cannot read it; `size`: of the manifest, in bytes."""
 
     public: Public
     body: Body | None
@@ -156,8 +161,9 @@ class Manifest:
         """The body. Raises `WrongKey` where this key cannot read it."""
         if self.body is None:
             raise WrongKey(
-                f"this key can back up, but not read image set {self.id[:8]}",
-                hint="use a key with the full role",
+                f"this key cannot read image set {self.id[:8]}",
+                hint="a key of role write reads nothing, one from before a rotation no later set: "
+                "imager key list shows what there is",
             )
         return self.body
 
@@ -197,11 +203,16 @@ def parse_abort_mark(raw: bytes) -> AbortMark:
 
 
 def encode(repository: Repository, public: Public, body: Body, session_key: bytes | None) -> bytes:
-    """The bytes of a manifest. `session_key`: of `public.envelope`, None without encryption.
+    """The bytes of a manifest, signed by the key that opened the repository: who that is, it says itself.
+
+    `session_key`: of `public.envelope`, None without encryption.
 
     The roots come from `public`; those of the body's images are left out.
     Raises ValueError where the two do not fit together: a defect of the caller.
     """
+    writer = repository.secrets.writer
+    if public.writer != writer:
+        public = msgspec.structs.replace(public, writer=writer)
     problem = _misfit(public, body)
     if problem:
         raise ValueError(problem)
@@ -255,11 +266,9 @@ def decode(repository: Repository, set_id: str, raw: bytes) -> Manifest:
     if is_abort_mark(raw):
         raise IntegrityError(f"{what} does not exist: its session was aborted")
     public = parse_public(raw, set_id, repository.config.repository)
-    if not is_sealed(repository, raw):
-        raise IntegrityError(
-            f"{what} is damaged or was replaced: its manifest's seal is not by this repository",
-            hint="imager list shows the other image sets",
-        )
+    fault = seal_problem(repository, public, raw)
+    if fault:
+        raise IntegrityError(f"{what} {fault}", hint="imager list shows the other image sets")
     if public.version != VERSION or not KNOWN_SET_FEATURES.issuperset(public.features):
         raise NoRepository(
             f"{what} needs features that this program does not know", hint="use a newer imager"
@@ -268,7 +277,7 @@ def decode(repository: Repository, set_id: str, raw: bytes) -> Manifest:
     stored = raw[_FRAME.size + len(head) : -_SEAL]
     parse(head, what, MAX_JSON)
     body = _decode_body(repository, public, head, stored, what)
-    problem = _misfit(public, body)
+    problem = _misfit(public, body) or _lineage_misfit(repository, public, body)
     if problem:
         raise IntegrityError(f"{what} is damaged: {problem}")
     return Manifest(public, body, _native.blake3(raw), len(raw))
@@ -276,24 +285,56 @@ def decode(repository: Repository, set_id: str, raw: bytes) -> Manifest:
 
 def is_sealed(repository: Repository, raw: bytes) -> bool:
     """Whether a manifest's bytes are those that a writer of this repository sealed."""
+    try:
+        public = _PUBLIC.decode(raw[_FRAME.size : _FRAME.size + _FRAME.unpack_from(raw)[1]])
+    except (msgspec.DecodeError, UnicodeError, RecursionError, struct.error):
+        return False
+    return seal_problem(repository, public, raw) is None
+
+
+def seal_problem(repository: Repository, public: Public, raw: bytes) -> str | None:
+    """Why a manifest's seal does not count (what follows "image set 12ab"); None where it does."""
     message = _native.blake3(b"imager set v1" + raw[:-_SEAL])
-    if repository.sealed:
-        return keys.is_signed(bytes.fromhex(repository.config.verify_key), raw[-_SEAL:], message)
-    return raw[-_SEAL:] == message + bytes(32)
+    foreign = "is damaged or was replaced: its manifest's seal is not by this repository"
+    if not repository.sealed:
+        return None if raw[-_SEAL:] == message + bytes(32) else foreign
+    signer, writer = repository.verify_key, public.writer
+    if writer is not None:
+        if not writers.is_certified(repository.id, signer, writer):
+            return "is signed by a writer that this repository never certified"
+        signer = bytes.fromhex(writer.public)
+    if not keys.is_signed(signer, raw[-_SEAL:], message):
+        return foreign
+    if writer is not None:
+        kept = repository.revoked().get(writer.writer)
+        if kept is not None and _native.blake3(raw) not in kept:
+            return f"is signed by the key of writer {writer.label}, which had been revoked"
+    return None
+
+
+def _lineage_misfit(repository: Repository, public: Public, body: Body | None) -> str | None:
+    """Why a certified writer had no right to make this set, as far as the key can tell."""
+    writer = public.writer
+    if writer is None or body is None:
+        return None
+    if writer.host not in (writers.ANY_HOST, body.host):
+        return f"writer {writer.label} may sign sets of {writer.host}, and this one is of {body.host}"
+    if lineage_id(repository.secrets.id_key, body.host, body.name).hex() != public.lineage:
+        return "its lineage is not that of its name and host"
+    return None
 
 
 def _decode_body(
     repository: Repository, public: Public, head: bytes, stored: bytes, what: str
 ) -> Body | None:
     if repository.sealed:
-        if not repository.secrets.epochs:
-            return None  # A key that can write only.
         if public.envelope is None:
             raise IntegrityError(f"{what} is damaged: it names no session key")
-        try:
-            envelope = bytes.fromhex(public.envelope)
-        except ValueError as error:
-            raise IntegrityError(f"{what} is damaged: its envelope is not hexadecimal") from error
+        envelope = unhex(public.envelope, ENVELOPE, what)
+        if envelope[8:24].hex() != public.set:
+            raise IntegrityError(f"{what} is damaged: its envelope is that of another session")
+        if not repository.can_open(envelope):
+            return None  # A key that can write only, or one from before a rotation.
         plain = keys.open_body(repository.open_envelope(envelope)[1], stored, head)
         if plain is None:
             raise IntegrityError(f"{what} is damaged: its body does not open")

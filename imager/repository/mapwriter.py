@@ -15,6 +15,7 @@ from imager._native import UNKNOWN, ZERO, Slots
 from imager.extents import Extents
 from imager.repository.blockmap import DamagedPage, MapReader, Page, slots_of, span
 from imager.repository.format import PACK_TARGET, PAGE_SLOTS
+from imager.repository.knownpages import KnownPages
 from imager.repository.manifest import Root, root_level
 from imager.repository.session import Session, writing_failed
 
@@ -43,11 +44,15 @@ class MapWriter:
     While `growing` is set, `blocks` may still become larger (a stream).
     """
 
-    def __init__(self, session: Session, blocks: int, base: MapReader | None) -> None:
+    def __init__(
+        self, session: Session, blocks: int, base: MapReader | None, stored: KnownPages | None = None
+    ) -> None:
+        """`stored`: pages that are there already, for a writer that has no base to share them with."""
         self.session = session
         self.blocks = blocks
         self.base = base
         self.growing = False
+        self._stored = stored
         self._pending: dict[int, Slots] = {}
         self._changed: dict[int, Slots] = {}
         self._uniform: list[tuple[int, int, int]] = []
@@ -143,6 +148,8 @@ class MapWriter:
                 del self._pending[index]
 
     def _add(self, level: int, index: int, slots: Slots) -> Slots:
+        if self._stored is not None and (there := self._stored.find(level, index, slots)) is not None:
+            return there
         if self._pack is not None and self._pack.size >= PACK_TARGET:
             self.session.seal(self._pack)
             self._pack = None

@@ -29,14 +29,10 @@ def packs(repository: Repository, *, without: Collection[bytes] = ()) -> list[by
     `packs_present` before. Raises `StorageError`.
     """
     names = repository.names
-    for path in repository.storage.list_names(DAMAGED):
+    for path in repository.set_aside():
         if is_pack_name(path[-64:]):
             names.intern(bytes.fromhex(path[-64:]))
-    found: set[bytes] = set()
-    for number in range(names.reserve()):
-        if not names.is_present(number) and (name := names.name(number)) is not None:
-            found.add(name)
-    return sorted(found.difference(without))
+    return sorted({*names.absent()}.difference(without))
 
 
 def note(repository: Repository, name: bytes) -> None:

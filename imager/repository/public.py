@@ -72,7 +72,7 @@ def parse_page(record: bytes, place: Place) -> PublicPage:
     at += 32 * packs
     found: list[Place] = []
     for number, offset, length, target in _TARGET.iter_unpack(record[at : at + _TARGET.size * targets]):
-        if number >= packs or not RECORD_HEAD < length <= MAX_PACK:
+        if number >= packs or not RECORD_HEAD < length <= MAX_PACK - offset:
             raise IntegrityError("its public part names a place that cannot be")
         found.append(Place(names[number], offset, length, target))
     return PublicPage(level, names, tuple(found))
@@ -204,24 +204,37 @@ def walk(
     return found
 
 
+def upper_pages(reader: PublicReader, roots: Iterable[Root | None]) -> Iterator[tuple[Place, PublicPage]]:
+    """The pages below some roots, each once, but those of level 0; with the places that lead to them.
+
+    What lies below a page that cannot be read is left out. Raises `StorageError` where the storage is gone.
+    """
+    seen: set[bytes] = set()
+    stack = [(root_place(root), root.level) for root in roots if root is not None]
+    while stack:
+        place, level = stack.pop()
+        if place.id in seen or not level:
+            continue
+        seen.add(place.id)
+        try:
+            _, page = reader.page(place)
+        except Gone:
+            raise
+        except (IntegrityError, StorageError):
+            continue
+        yield place, page
+        stack += [(target, level - 1) for target in page.targets]
+
+
 def upper_ids(reader: PublicReader, roots: Iterable[Root | None]) -> set[bytes]:
     """Ids of all pages below some roots, without reading those of level 0.
 
     What lies below a page that cannot be read is left out. Raises `StorageError` where the storage is gone.
     """
-    ids: set[bytes] = set()
-    stack = [(root_place(root), root.level) for root in roots if root is not None]
-    while stack:
-        place, level = stack.pop()
-        if place.id in ids:
-            continue
-        if level:
-            try:
-                _, page = reader.page(place)
-            except Gone:
-                raise
-            except (IntegrityError, StorageError):
-                continue
-            stack += [(target, level - 1) for target in page.targets]
+    there = [root for root in roots if root is not None]
+    ids = {root_place(root).id for root in there if not root.level}
+    for place, page in upper_pages(reader, there):
         ids.add(place.id)
+        if page.level == 1:
+            ids.update(target.id for target in page.targets)
     return ids

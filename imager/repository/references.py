@@ -7,9 +7,11 @@ page by page; what only a key could tell is not claimed, and said to be so.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 
 from imager.repository.findings import Hurt, Problem, Survey
 from imager.repository.format import FOOTER, KIND_DATA, KIND_MAP, RECORD_HEAD, TRAILER_ENTRY, pack_object
+from imager.repository.manifest import Manifest
 from imager.repository.public import Place, PublicPage, PublicReader, walk
 from imager.storage.errors import NotFound, StorageError
 
@@ -23,8 +25,8 @@ Entries = dict[int, tuple[int, bytes]]
 "Offset -> (length of the record, id)."
 
 
-def survey_maps(found: Survey) -> None:
-    """Visit every page that a set leads to; what is wrong goes to `found`. Raises `StorageError`."""
+def survey_maps(found: Survey, sets: Iterable[Manifest]) -> None:
+    """Visit every page that these sets lead to; what is wrong goes to `found`. Raises `StorageError`."""
     reader = PublicReader(found.repository)
     names = found.repository.names
     seen: set[bytes] = set()
@@ -38,7 +40,7 @@ def survey_maps(found: Survey) -> None:
         found.used.update(place[0] for place in places.values())
         found.used.update(names.intern(one.pack) for one in stray if one.id not in places)
 
-    for manifest in found.listing.sets:
+    for manifest in sets:
         reach = walk(reader, manifest.public.roots, seen, leaf)
         found.pages += reach.pages
         for name in reach.maps:

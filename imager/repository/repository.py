@@ -8,21 +8,24 @@ takes its keys away from data that is there.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from imager import _native
-from imager.errors import ImagerError, IntegrityError, NoRepository, UsageError
-from imager.repository import keys
+from imager.errors import ImagerError, IntegrityError, NoRepository, UsageError, WrongKey
+from imager.repository import keys, writers
 from imager.repository.credentials import Credentials
 from imager.repository.format import (
     CONFIG,
     EPOCHS,
     INDEX,
     MAPS,
+    MAX_JSON,
     MAX_SMALL_JSON,
     PACKS,
     PLAIN,
+    REVOKED,
     SEALED,
     SESSIONS,
     SETS,
@@ -30,6 +33,7 @@ from imager.repository.format import (
     VERSION,
     Config,
     Features,
+    Slot,
     canonical,
     check_features,
     config_message,
@@ -39,8 +43,10 @@ from imager.repository.format import (
     numbered,
     parse_config,
 )
-from imager.repository.keys import Secrets, Unlocking
+from imager.repository.keymemory import KeyMemory
+from imager.repository.keys import Secrets
 from imager.repository.packs import PackAccess, Reader
+from imager.repository.unlocking import Unlocking, in_order
 from imager.storage.base import Storage
 from imager.storage.errors import AlreadyExists, Gone, NotFound
 
@@ -48,6 +54,9 @@ if TYPE_CHECKING:
     from imager.repository.locator import Locator
 
 __all__ = ["Opening", "Reader", "Repository"]
+
+
+_MOST_EPOCHS = 64
 
 
 def read_config(storage: Storage, *, writing: bool) -> tuple[Config, dict[str, object]]:
@@ -59,6 +68,8 @@ def read_config(storage: Storage, *, writing: bool) -> tuple[Config, dict[str, o
     try:
         raw = storage.read(CONFIG, 0, MAX_SMALL_JSON + 1)
     except (NotFound, Gone) as error:
+        if isinstance(error, Gone) and not storage.local:
+            raise NoRepository(error.message, hint=error.hint) from error
         raise NoRepository(
             f"there is no repository in {storage.url}", hint=f"create one: imager init {storage.url}"
         ) from error
@@ -77,6 +88,8 @@ class Opening:
         self.config, self._object = read_config(storage, writing=writing)
         self.id = bytes.fromhex(self.config.repository)
         self._unlocking: Unlocking | None = None
+        self.secret: keys.Secret | None = None
+        "What was given to open it; None without encryption."
         if self.config.encryption == SEALED:
             self._unlocking = self._start(credentials)
 
@@ -94,8 +107,9 @@ class Opening:
                 "the repository has no key slot left",
                 hint="without one it cannot be opened; restore slots/ from a copy of the repository",
             )
-        secret = credentials.obtain({slot.kind for slot in slots})
-        return Unlocking([slot for slot in slots if slot.kind == secret.kind], secret)
+        self.secret = credentials.obtain({slot.kind for slot in slots})
+        fitting = [slot for slot in slots if slot.kind == self.secret.kind]
+        return Unlocking(in_order(fitting, KeyMemory(self.id).slot), self.secret)
 
     @staticmethod
     def slot_ids(storage: Storage) -> list[str]:
@@ -106,30 +120,40 @@ class Opening:
     def unlock(self) -> Repository:
         """Wait for the keys. Raises `WrongKey`, `IntegrityError`."""
         if self._unlocking is None:
-            secrets = Secrets(bytes.fromhex(self.config.id_key), b"", {})
-        else:
-            secrets = self._unlocking.result()
-            verify_key = bytes.fromhex(self.config.verify_key)
-            seal = bytes.fromhex(self.config.seal)
-            if keys.public_key(secrets.signing_seed) != verify_key or not keys.is_signed(
-                verify_key, seal, config_message(self._object)
-            ):
-                raise IntegrityError(
-                    "config is damaged or was replaced: its signature is not by this repository's key"
-                )
-        return Repository(self.storage, self.config, secrets)
+            return Repository(self.storage, self.config, Secrets(bytes.fromhex(self.config.id_key), b"", {}))
+        secrets = self._unlocking.result()
+        verify_key = bytes.fromhex(self.config.verify_key)
+        seal = bytes.fromhex(self.config.seal)
+        trusted = secrets.verify_key or keys.public_key(secrets.signing_seed)
+        if trusted != verify_key or not keys.is_signed(verify_key, seal, config_message(self._object)):
+            raise IntegrityError(
+                "config is damaged or was replaced: its signature is not by this repository's key"
+            )
+        slot = self._unlocking.opened
+        if secrets.writer is not None and (
+            keys.public_key(secrets.signing_seed).hex() != secrets.writer.public
+            or not writers.is_certified(self.id, verify_key, secrets.writer)
+        ):
+            raise IntegrityError(f"key slot {slot.slot} has the certificate of another writer")
+        KeyMemory(self.id).opened(slot.slot)
+        return Repository(self.storage, self.config, secrets, slot)
 
 
 class Repository(PackAccess):
     """An open repository. Safe to use from several threads; close it to free its descriptors."""
 
-    def __init__(self, storage: Storage, config: Config, secrets: Secrets) -> None:
+    def __init__(self, storage: Storage, config: Config, secrets: Secrets, slot: Slot | None = None) -> None:
         super().__init__(storage, bytes.fromhex(config.repository))
         self.config = config
         self.secrets = secrets
+        self.slot = slot
+        "The key slot that opened; None without encryption, and after `init`."
         self.vault = _native.Vault(self.id, secrets.id_key)
         self._handles: dict[bytes, int] = {}
         self._session_keys: dict[bytes, tuple[int, bytes]] = {}
+        self._revoked: writers.Revoked | None = None
+        self.revocation_problems: list[tuple[str, str]] = []
+        "Revocations that do not count, or are gone: (object name, what is wrong). `revoked` fills it."
 
     @cached_property
     def locator(self) -> Locator:
@@ -197,6 +221,10 @@ class Repository(PackAccess):
         config, _ = parse_config(raw := canonical(value))
         with storage.initializing():
             refuse_used(storage)
+            if not storage.local:
+                from imager.storage.probe import refuse_unfit
+
+                refuse_unfit(storage)
             for name in [*storage.list_names(SLOTS), *storage.list_names(EPOCHS)]:
                 storage.delete(name)  # An init was interrupted: no config, no data, so nobody needs these.
             if secret is not None:
@@ -223,24 +251,129 @@ class Repository(PackAccess):
 
     # --- keys ------------------------------------------------------------------------
 
-    def newest_epoch(self) -> tuple[int, bytes]:
-        """(number, X25519 public key) of the newest key epoch. Raises `IntegrityError`."""
-        numbers = numbered(self.storage.list_names(EPOCHS))
-        if not numbers:
-            raise IntegrityError("the repository has no key epoch left", hint="restore epochs/ from a copy")
-        name = keys.epoch_name(max(numbers))
+    @property
+    def verify_key(self) -> bytes:
+        """The public key of all that the repository signs; empty without encryption."""
+        return bytes.fromhex(self.config.verify_key)
+
+    def epoch(self, number: int) -> bytes:
+        """The X25519 public key of a key epoch. Raises `NotFound`, `IntegrityError`."""
+        name = keys.epoch_name(number)
         raw = self.storage.read(EPOCHS + name, 0, MAX_SMALL_JSON + 1)
-        verify_key = bytes.fromhex(self.config.verify_key)
-        return keys.parse_epoch(raw, name, self.id, verify_key)
+        return keys.parse_epoch(raw, name, self.id, self.verify_key)[1]
+
+    def newest_epoch(self) -> tuple[int, bytes]:
+        """(number, X25519 public key) of the newest key epoch that the repository's key signed.
+
+        Raises `IntegrityError` where there is none, or an older one than was there before.
+        """
+        memory = KeyMemory(self.id)
+        floor = max(self.secrets.newest, memory.epoch)
+        problem: ImagerError | None = None
+        for number in sorted(numbered(self.storage.list_names(EPOCHS)), reverse=True)[:_MOST_EPOCHS]:
+            try:
+                public = self.epoch(number)
+            except (IntegrityError, NotFound) as error:
+                problem = error  # Anybody who can write can put one there; it says nothing of the others.
+                continue
+            if number < floor and floor in self.secrets.epochs and self.secrets.role == keys.FULL:
+                # Deleted, or a rotation was killed before it published it: it is made again, bit for bit.
+                return floor, self._publish_epoch(floor)
+            if number < floor:
+                raise IntegrityError(
+                    f"key epoch {floor} is gone, and the one before it would be used again: "
+                    "it was deleted, or an older state of the repository was put in its place",
+                    hint=f"restore {EPOCHS}{keys.epoch_name(floor)} from a copy; nothing was encrypted",
+                )
+            memory.saw_epoch(number)
+            return number, public
+        raise problem or IntegrityError(
+            "the repository has no key epoch left", hint="restore epochs/ from a copy"
+        )
+
+    def _publish_epoch(self, number: int) -> bytes:
+        raw = keys.new_epoch(self.id, number, self.secrets.epochs[number], self.secrets.signing_seed)
+        try:
+            self.storage.create(EPOCHS + keys.epoch_name(number), raw)
+        except AlreadyExists:
+            pass  # What is there now is looked at like any other.
+        return self.epoch(number)
+
+    def revoked(self) -> writers.Revoked:
+        """The writers that are revoked, read once. Raises `StorageError`."""
+        with self._lock:
+            if self._revoked is None:
+                self._revoked = self._read_revocations()
+            return self._revoked
+
+    def forget_revocations(self) -> None:
+        """Read the revocations again when they are needed next."""
+        with self._lock:
+            self._revoked = None
+            self.revocation_problems.clear()
+
+    def _read_revocations(self) -> writers.Revoked:
+        memory = KeyMemory(self.id)
+        found: dict[str, frozenset[bytes]] = {}
+        texts: dict[str, str] = {}
+        for name in self.storage.list_names(REVOKED):
+            writer = name.removeprefix(REVOKED)
+            try:
+                raw = self.storage.read(name, 0, MAX_JSON + 1)
+                revocation = writers.parse_revocation(raw, writer, self.id, self.verify_key)
+            except (IntegrityError, NotFound) as error:
+                self.revocation_problems.append((name, error.message))
+                continue
+            found[writer], texts[writer] = writers.kept(revocation), raw.decode()
+        for writer, text in memory.revoked.items():
+            if writer in found:
+                continue
+            try:
+                revocation = writers.parse_revocation(text.encode(), writer, self.id, self.verify_key)
+            except IntegrityError:
+                continue  # The memory is damaged; it is only a second guard.
+            found[writer] = writers.kept(revocation)
+            self.revocation_problems.append(
+                (REVOKED + writer, "it is gone: this machine saw that writer's key being revoked")
+            )
+        memory.saw_revocations(texts)
+        return found
+
+    def can_open(self, envelope: bytes) -> bool:
+        """Whether this key has the private key of an envelope's epoch."""
+        return int.from_bytes(envelope[4:8], "little") in self.secrets.epochs
 
     def open_envelope(self, envelope: bytes) -> tuple[int, bytes]:
         """(cipher, session key), remembered. Raises `WrongKey`, `IntegrityError`."""
         with self._lock:
             found = self._session_keys.get(envelope)
             if found is None:
-                found = keys.open_envelope(envelope, self.secrets, self.id)
+                try:
+                    found = keys.open_envelope(envelope, self.secrets, self.id)
+                except IntegrityError:
+                    self._refuse_stray_epoch(int.from_bytes(envelope[4:8], "little"))
+                    raise
                 self._session_keys[envelope] = found
             return found
+
+    def _refuse_stray_epoch(self, number: int) -> None:
+        """Raises `WrongKey` where the key holds another private key of the epoch than the repository's."""
+        private = self.secrets.epochs.get(number)
+        try:
+            stray = private is not None and keys.epoch_public(private) != self.epoch(number)
+        except (IntegrityError, NotFound):
+            return
+        if stray:
+            raise WrongKey(
+                f"this key holds a private key of epoch {number} that the repository never used",
+                hint="a rotation was interrupted beside another one; use a slot that was made after them",
+            )
+
+    def _handles_of(self, envelopes: Sequence[bytes]) -> tuple[int | None, ...]:
+        if self.sealed and not self.secrets.epochs:
+            # Who reads nothing follows public parts, and opens what was written just now.
+            return tuple(self._handles.get(envelope) for envelope in envelopes)
+        return super()._handles_of(envelopes)
 
     def session_key(self, envelope: bytes) -> int:
         """The vault's handle of an envelope's session key. Raises `WrongKey`, `IntegrityError`."""

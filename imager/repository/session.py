@@ -2,8 +2,10 @@
 
 Invariant: objects are published in the order in which they were handed in
 (the session's announcement first, then packs, map packs, index segments), each
-durable before the next; the manifest comes after all of them. A set exists by
-its manifest alone, so a session that ends early leaves nothing that counts.
+durable before the next; the manifest comes after all of them. To a far storage
+neighbours of one kind go at once, but none before all of another kind that were
+handed in earlier are durable. A set exists by its manifest alone, so a session
+that ends early leaves nothing that counts.
 """
 
 from __future__ import annotations
@@ -31,54 +33,70 @@ from imager.storage.base import Staged
 from imager.storage.errors import AlreadyExists, StorageError, refusal
 
 _IN_FLIGHT = 2
+"Jobs that wait or run at once where the storage is local; one of them runs."
+_FAR_IN_FLIGHT = 4
+"The same for a far storage, where all of them may run."
 
 
 class _Publisher:
-    """One thread that carries out jobs in order; at most two wait or run, so staged data stays bounded."""
+    """Carries out jobs in the background; few wait or run at once, so staged data stays bounded.
 
-    def __init__(self) -> None:
-        self._jobs: deque[Callable[[], None]] = deque()
-        self._pending = 0
+    A job begins when all earlier ones of other kinds are done; of one kind `lanes` run at once.
+    """
+
+    def __init__(self, lanes: int, in_flight: int) -> None:
+        self._in_flight = in_flight
+        self._jobs: deque[tuple[str, Callable[[], None]]] = deque()
+        self._running: list[str] = []
         self._changed = threading.Condition()
         self._error: BaseException | None = None
         self._closed = False
-        self._thread = threading.Thread(target=self._work, name="publish", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"publish-{lane}", daemon=True) for lane in range(lanes)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not self._jobs and not self._closed:
+                while not self._may_begin() and not (self._closed and not self._jobs):
                     self._changed.wait()
                 if not self._jobs:
                     return
-                job = self._jobs.popleft()
+                kind, job = self._jobs.popleft()
+                self._running.append(kind)
                 failed = self._error is not None
             try:
                 if not failed:
                     job()
             except BaseException as error:
                 with self._changed:
-                    self._error = error
+                    self._error = self._error or error
             del job  # What it holds is done with: another pack may take its memory.
             with self._changed:
-                self._pending -= 1
+                self._running.remove(kind)
                 self._changed.notify_all()
 
-    def add(self, job: Callable[[], None]) -> None:
-        """Queue a job; waits while two are pending. Raises what an earlier job raised."""
+    def _may_begin(self) -> bool:
+        return bool(self._jobs) and all(kind == self._jobs[0][0] for kind in self._running)
+
+    def _pending(self) -> int:
+        return len(self._jobs) + len(self._running)
+
+    def add(self, kind: str, job: Callable[[], None]) -> None:
+        """Queue a job; waits while too many are pending. Raises what an earlier job raised."""
         with self._changed:
-            while self._pending >= _IN_FLIGHT and self._error is None:
+            while self._pending() >= self._in_flight and self._error is None:
                 self._changed.wait()
             self.check()
-            self._jobs.append(job)
-            self._pending += 1
+            self._jobs.append((kind, job))
             self._changed.notify_all()
 
     def drain(self) -> None:
-        """Wait for all jobs. Raises what the first failing one raised; none ran after it."""
+        """Wait for all jobs. Raises what the first failing one raised; none began after it."""
         with self._changed:
-            while self._pending:
+            while self._pending():
                 self._changed.wait()
         self.check()
 
@@ -87,12 +105,19 @@ class _Publisher:
         if self._error is not None:
             raise self._error
 
+    def cancel(self) -> None:
+        """Forget the jobs that have not begun."""
+        with self._changed:
+            self._jobs.clear()
+            self._changed.notify_all()
+
     def close(self) -> None:
-        """Let the thread end after the jobs that are queued, and wait for it."""
+        """Let the threads end after the jobs that are queued, and wait for them."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
 
 class Session:
@@ -140,7 +165,8 @@ class Session:
             self._handle = repository.adopt_key(self.envelope, cipher, self.key)
         # Durable before anything is looked at that this writer is going to count on.
         sessions.announce(repository.storage, repository.config.repository, self.id, host=host, epoch=epoch)
-        self._publisher = _Publisher()
+        local = repository.storage.local
+        self._publisher = _Publisher(1, _IN_FLIGHT) if local else _Publisher(_FAR_IN_FLIGHT, _FAR_IN_FLIGHT)
 
         def tidy() -> None:
             try:
@@ -148,7 +174,7 @@ class Session:
             except StorageError:
                 pass  # Tidying up is no condition of a backup; what really is wrong, the next call tells.
 
-        self._publisher.add(tidy)
+        self._publisher.add("tidying", tidy)
 
     @classmethod
     def begin(cls, repository: Repository, *, host: str | None = None) -> Session:
@@ -188,7 +214,7 @@ class Session:
     def seal(self, pack: _native.PackWriter) -> bytes | None:
         """Finish a pack: its name, which map pages may refer to from now on; None for an empty pack.
 
-        The pack is made durable in the background; waits while two others are
+        The pack is made durable in the background; waits while some others are
         under way. Raises what an earlier one ended with.
         """
         with self._lock:
@@ -210,7 +236,7 @@ class Session:
             with self._lock:
                 del self._staged[number]
 
-        self._publisher.add(job)
+        self._publisher.add("maps" if kind == KIND_MAP else "packs", job)
         with self._lock:
             self._objects += 1
             self.stored += size
@@ -228,7 +254,7 @@ class Session:
             except AlreadyExists:
                 pass  # Names are digests of the content (index segments): it is the same.
 
-        self._publisher.add(job)
+        self._publisher.add("index", job)
         with self._lock:
             self.stored += len(data)
 
@@ -265,6 +291,8 @@ class Session:
         """End without a set: forget what is staged. Does nothing after `commit` or a second time."""
         if self._ended:
             return
+        if not self.repository.storage.local:
+            self._publisher.cancel()  # Nobody waits for uploads that nobody wants.
         self._end()
         with self._lock:
             staged, self._staged = list(self._staged.values()), {}
@@ -292,4 +320,9 @@ class Session:
 
 def writing_failed(repository: Repository, error: _native.WriteError) -> ImagerError:
     """What to raise where the native core could not write a pack."""
-    return refusal(OSError(error.errno, error.strerror), "writing a pack", repository.storage.url)
+    cause = OSError(error.errno, error.strerror)
+    if not repository.storage.local:
+        from imager.storage import spool
+
+        return spool.refused(cause)
+    return refusal(cause, "writing a pack", repository.storage.url)

@@ -6,13 +6,13 @@ wrong place is among the problems or in `Survey.bad`; nothing is changed.
 
 from __future__ import annotations
 
-import os
 import struct
+from collections.abc import Iterator
 
 from imager import _native
 from imager.errors import IntegrityError
 from imager.events import Reporter
-from imager.repository import absent, imageset, index, keys, references, sessions, tombstones
+from imager.repository import absent, imageset, index, keys, references, sessions, tombstones, writers
 from imager.repository.findings import Problem, Survey
 from imager.repository.format import (
     DAMAGED,
@@ -36,8 +36,8 @@ from imager.repository.format import (
     pack_object,
     parse_session,
 )
+from imager.repository.frames import ends
 from imager.repository.missing import MISSING
-from imager.repository.packs import read_header
 from imager.repository.pages import BadPage, Seen, pages
 from imager.repository.repository import Opening, Repository
 from imager.repository.witness import Witness
@@ -73,9 +73,17 @@ def _secrets(found: Survey) -> None:
         found.problems.append(Problem("slot", SLOTS, lost))
     for slot in slots:
         try:
-            keys.parse_slot(storage.read(SLOTS + slot, 0, MAX_SMALL_JSON + 1), slot, repository.id)
+            raw = storage.read(SLOTS + slot, 0, MAX_SMALL_JSON + 1)
+            writer = keys.parse_slot(raw, slot, repository.id).writer
+            if writer is not None and not writers.is_certified(repository.id, repository.verify_key, writer):
+                raise IntegrityError(f"key slot {slot} has a certificate that this repository never gave")
         except (IntegrityError, NotFound) as error:
             found.problems.append(Problem("slot", SLOTS + slot, error.message))
+    revoked = repository.revoked()
+    for name, detail in repository.revocation_problems:
+        found.problems.append(Problem("revocation", name, detail))
+    if revoked:
+        found.notes.append(f"{len(revoked)} writers are revoked: {', '.join(sorted(revoked))}")
     present = numbered(storage.list_names(EPOCHS))
     if not present and not repository.secrets.epochs:
         found.problems.append(
@@ -109,6 +117,10 @@ def _sets(found: Survey) -> None:
     forgotten = tombstones.digests(found.repository)
     for set_id, text in imageset.chain_problems(listing, forgotten, left_out):
         found.problems.append(Problem("chain", f"sets/{set_id}", text))
+    for set_id in imageset.ahead(listing.sets):
+        found.notes.append(
+            f"image set {set_id} says that it was taken in the future: a wrong clock, or a forgery"
+        )
     witness = Witness(found.repository.place)
     damaged_ids = [damaged.id for damaged in listing.problems]
     there = tombstones.exists(found.repository)
@@ -179,6 +191,7 @@ def _packs(found: Survey) -> None:
     repository.packs_present()
     for kind, prefix in ((KIND_DATA, PACKS), (KIND_MAP, MAPS)):
         listed = {entry.name: entry.size for entry in repository.storage.list(prefix)}
+        frames: list[tuple[int, str, int]] = []
         for name in repository.pack_names(kind):
             path = pack_object(kind, name)
             size = listed.pop(path, None)
@@ -188,7 +201,8 @@ def _packs(found: Survey) -> None:
             number = repository.names.intern(name)
             if kind == KIND_MAP:
                 found.maps.add(number)
-            problem = _frame_problem(repository, path, kind, size)
+            frames.append((number, path, size))
+        for (number, _, _), problem in zip(frames, _frame_problems(repository, kind, frames), strict=True):
             if problem is not None:
                 found.blame(number, problem)
         for path in sorted(listed):
@@ -208,22 +222,35 @@ def _packs(found: Survey) -> None:
                 found.maps.add(number)
 
 
+def _frame_problems(
+    repository: Repository, kind: int, frames: list[tuple[int, str, int]]
+) -> Iterator[str | None]:
+    """What is wrong with each frame (pack number, object, size), in order; far ones are read at once."""
+    if repository.storage.local:
+        yield from (_frame_problem(repository, path, kind, size) for _, path, size in frames)
+        return
+    from imager.storage import spool
+
+    for at in range(0, len(frames), 1024):
+        yield from spool.run_all(
+            [
+                lambda path=path, size=size: _frame_problem(repository, path, kind, size)  # type: ignore[misc]
+                for _, path, size in frames[at : at + 1024]
+            ]
+        )
+
+
 def _frame_problem(repository: Repository, path: str, kind: int, size: int) -> str | None:
     """What is wrong with a pack's header, footer or size."""
     try:
-        fd = repository.storage.open(path)
+        header, footer = ends(repository.storage, path, size)
+        _native.pack_envelopes(header, repository.id)
     except NotFound:
         return "it is missing"
-    try:
-        header = read_header(fd)
-        _native.pack_envelopes(header, repository.id)
-        footer = os.pread(fd, FOOTER, max(0, size - FOOTER))
     except _native.DamagedError as error:
         return str(error)
     except OSError as error:
         return f"it cannot be read: {error.strerror}"
-    finally:
-        os.close(fd)
     if header[10] != kind:
         return "it is a pack of another kind"
     if len(footer) < FOOTER:
@@ -256,9 +283,15 @@ def _maps(found: Survey) -> None:
     repository = found.repository
     if found.keyless:
         found.notes.append(references.UNTOLD)
-        references.survey_maps(found)
-    else:
+    unread = [manifest for manifest in found.listing.sets if found.keyless or manifest.body is None]
+    references.survey_maps(found, unread)
+    if not found.keyless:
         _pages(found)
+        if unread:
+            found.notes.append(
+                f"{len(unread)} of {len(found.listing.sets)} image sets cannot be read with this key: they "
+                f"were checked as without one. {references.UNTOLD}"
+            )
     for number in found.used:
         name = repository.names.name(number)
         if name is None or number in found.bad or number in found.aside:
@@ -278,7 +311,7 @@ def _maps(found: Survey) -> None:
 def _pages(found: Survey) -> None:
     seen: Seen = set()
     for manifest in found.listing.sets:
-        for image in manifest.images:
+        for image in manifest.images if manifest.body is not None else ():
             for page in pages(found.repository, image, seen):
                 found.pages += 1
                 found.used.add(page.pack)

@@ -2,15 +2,36 @@
 
 Invariant: an object is created once, whole, and never changed. `create` and
 `publish` either make a durable object under a free name, or make none; of
-two that race for one name exactly one wins, and that is the only lock.
+two that race for one name with different bytes exactly one wins, and that is
+the only lock. (With equal bytes both may be told that they won: a writer
+whose call was repeated after a broken connection finds what it wrote itself.)
+
+A storage is *local* where `open` reads in place. One that is not is *far*: a
+call takes long, but many can be under way at once, from as many threads
+(`imager.storage.spool` has the threads, and the files that stand in for what is far).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
+
+TOP = (
+    "config", "slots", "epochs", "sessions", "sets", "packs", "maps", "index", "condemned", "damaged",
+    "revoked", "forgotten", "pins", "absent", "checked",
+)  # fmt: skip
+"What a repository has at its top, but for a folder's staging area."
+_NAME = re.compile(r"[0-9A-Za-z_-][0-9A-Za-z._-]*(?:/[0-9A-Za-z_-][0-9A-Za-z._-]*)*")
+
+
+def check_name(name: str) -> str:
+    """`name` if a new object can have it in every storage. Raises ValueError."""
+    if len(name) > 512 or _NAME.fullmatch(name) is None:
+        raise ValueError(f"not an object name: {name!r}")
+    return name
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +56,7 @@ class Staged(Protocol):
         """Make the bytes durable, then the object `name` out of them.
 
         Raises `AlreadyExists` or another `StorageError`; the bytes are then discarded.
+        Raises `Unavailable` where the same call may succeed later: the bytes are then kept for it.
         """
 
     def discard(self) -> None:
@@ -46,13 +68,20 @@ class Storage(Protocol):
 
     @property
     def url(self) -> str:
-        """Where it is, for messages."""
+        """Where it is, for messages; never with a secret in it."""
+
+    @property
+    def local(self) -> bool:
+        """Whether `open` reads in place. Where not, ranges are better read with `read`, many at once."""
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         """Bytes of an object, fewer where it ends before. Raises `NotFound`, `StorageError`."""
 
     def open(self, name: str) -> int:
-        """A read-only descriptor, the caller's to close. Raises `NotFound`, `StorageError`."""
+        """A read-only descriptor, the caller's to close. Raises `NotFound`, `StorageError`.
+
+        Of a far storage it is that of a temporary copy of the whole object.
+        """
 
     def size(self, name: str) -> int:
         """Length in bytes. Raises `NotFound`, `StorageError`."""
@@ -67,7 +96,7 @@ class Storage(Protocol):
         """Begin an object whose name is known later. Raises `StorageError`."""
 
     def list_names(self, prefix: str) -> list[str]:
-        """Names of the objects in the folder `prefix` (`sets/`) and below, unordered.
+        """Names of the objects in the folder `prefix` (`sets/`) and below, unordered; "": of all.
 
         Quick for hundreds of thousands of objects. Raises `StorageError`.
         """
@@ -95,3 +124,6 @@ class Storage(Protocol):
 
     def list(self, prefix: str) -> Iterator[Entry]:
         """The same objects with their sizes. Raises `StorageError`."""
+
+    def close(self) -> None:
+        """Let go of connections. A far storage then answers every call with a `StorageError`."""

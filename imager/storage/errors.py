@@ -11,7 +11,7 @@ import os
 
 from imager.errors import StorageError
 
-__all__ = ["AlreadyExists", "Gone", "NotFound", "StorageError", "refusal"]
+__all__ = ["AlreadyExists", "Gone", "NotFound", "StorageError", "Unavailable", "refusal"]
 
 
 class NotFound(StorageError):
@@ -21,7 +21,7 @@ class NotFound(StorageError):
 
 
 class Gone(StorageError):
-    """The storage itself is not there: a folder removed, a disk unmounted."""
+    """The storage itself is not there: a folder removed, a disk unmounted, no such bucket."""
 
     kind = "gone"
 
@@ -30,6 +30,15 @@ class AlreadyExists(StorageError):
     """An object of this name is there already; it was left as it is."""
 
     kind = "already-exists"
+
+
+class Unavailable(StorageError):
+    """The storage did not answer, or said to come again later: the same call may succeed in a while.
+
+    Whether the call took effect is not known. What repeats such calls is `imager.storage.retry`.
+    """
+
+    kind = "unavailable"
 
 
 _HINTS = {

@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from imager.errors import Locked
-from imager.storage.base import Entry
+from imager.storage.base import TOP, Entry, check_name
 from imager.storage.errors import Gone, NotFound, refusal
 
 FOLDERS = ("slots", "epochs", "sessions", "sets", "packs", "maps", "index", "condemned", "tmp")
-_EXPECTED = {*FOLDERS, "absent", "checked", "damaged", "forgotten", "pins", "config", "lost+found"}
+_EXPECTED = {*FOLDERS, *TOP, "lost+found"}
 
 # What a filesystem answers that has no files without names, or no links.
 _NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL, errno.ENOSYS)
@@ -49,6 +49,7 @@ class FolderStaged:
     def publish(self, name: str) -> None:
         """Flush, link as `name`, flush the folder. See `Staged.publish`."""
         try:
+            check_name(name)
             os.fsync(self.fd)
             self._storage._link(self.fd, self._path, name)
         except OSError as error:
@@ -71,6 +72,8 @@ class FolderStaged:
 
 class FolderStorage:
     """The objects are files below `root`. See `Storage`."""
+
+    local = True
 
     def __init__(self, root: str) -> None:
         self.root = os.path.abspath(root)
@@ -115,6 +118,13 @@ class FolderStorage:
         except OSError as error:
             raise refusal(error, f"looking at {name}", self.root) from error
 
+    def modified(self, name: str) -> float:
+        """When the object was made, by the filesystem's clock: seconds since 1970. Raises `StorageError`."""
+        try:
+            return os.stat(self._path(name)).st_mtime
+        except OSError as error:
+            raise refusal(error, f"looking at {name}", self.root) from error
+
     def exists(self, name: str) -> bool:
         """Whether there is such an object. Raises `StorageError`."""
         try:
@@ -130,6 +140,10 @@ class FolderStorage:
     def list_names(self, prefix: str) -> list[str]:
         """Names of the objects in a folder and the folders below it. Raises `StorageError`."""
         folder = prefix.rstrip("/")
+        if not folder:
+            present = {name for name in TOP if os.path.isdir(f"{self.root}/{name}")}
+            named = [name for part in sorted(present) for name in self.list_names(part)]
+            return named + (["config"] if self.exists("config") else [])
         try:
             return self._names(folder)
         except FileNotFoundError as error:
@@ -183,7 +197,8 @@ class FolderStorage:
         if os.path.isdir(folder):
             return False
         try:
-            os.stat(f"{self.root}/config")
+            if not self._unborn():
+                os.stat(f"{self.root}/config")
             for path in (os.path.dirname(folder), folder):
                 try:
                     os.mkdir(path, 0o700)
@@ -218,6 +233,7 @@ class FolderStorage:
 
     def create(self, name: str, data: bytes) -> None:
         """Make a durable object of `data`. Raises `AlreadyExists`, `StorageError`."""
+        check_name(name)
         staged = self.stage()
         try:
             view = memoryview(data)
@@ -288,7 +304,7 @@ class FolderStorage:
 
     def move(self, name: str, target: str) -> None:
         """Give an object another name; it never replaces one. Raises `NotFound`, `StorageError`."""
-        source, path = self._path(name), self._path(target)
+        source, path = self._path(name), self._path(check_name(target))
         try:
             os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
             try:
@@ -384,6 +400,9 @@ class FolderStorage:
             finally:
                 os.close(fd)
         return swept
+
+    def close(self) -> None:
+        """Nothing stays open between two calls."""
 
     def list(self, prefix: str) -> Iterator[Entry]:
         """Objects with their sizes. Raises `StorageError`."""

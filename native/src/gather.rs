@@ -6,7 +6,11 @@ use std::ops::Range;
 
 use crate::digest::Id;
 use crate::error::{invalid, Result};
+use crate::record::{HEAD, MAX_BLOCK, MAX_EXCESS};
 use crate::slots::{Place, Slot, DATA};
+
+/// No block's record is longer.
+const MAX_RECORD: u64 = (HEAD + MAX_BLOCK + MAX_EXCESS) as u64;
 
 /// A record and a block that it fills.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -106,10 +110,79 @@ impl Gather {
         end
     }
 
+    /// Where the records in `range` lie, neighbours joined over gaps of at most `gap` bytes:
+    /// (pack, start, end). Where more than a quarter of what lies between a pack's first and last
+    /// of them is wanted, it is all of that. Places of an impossible length are left out.
+    pub fn spans(&self, range: Range<usize>, gap: u64) -> Vec<(u32, u64, u64)> {
+        let mut out: Vec<(u32, u64, u64)> = Vec::new();
+        let mut first = 0; // of the present pack, in `out`
+        let mut wanted = 0;
+        let settle = |out: &mut Vec<(u32, u64, u64)>, first: usize, wanted: u64| {
+            let Some(&(pack, start, _)) = out.get(first) else { return };
+            let end = out[first..].iter().map(|span| span.2).max().unwrap_or(start);
+            if wanted.saturating_mul(4) > end - start {
+                out.truncate(first);
+                out.push((pack, start, end));
+            }
+        };
+        for place in range.filter_map(|at| self.wants(at).first()).map(|want| want.place) {
+            let (start, end) = (u64::from(place.offset), u64::from(place.offset) + u64::from(place.length));
+            if end - start > MAX_RECORD {
+                continue;
+            }
+            match out.last_mut() {
+                Some(last) if last.0 == place.pack && start <= last.2.saturating_add(gap) => last.2 = last.2.max(end),
+                last => {
+                    if last.is_some_and(|last| last.0 != place.pack) {
+                        settle(&mut out, first, wanted);
+                        (first, wanted) = (out.len(), 0);
+                    }
+                    out.push((place.pack, start, end));
+                }
+            }
+            wanted += end - start;
+        }
+        settle(&mut out, first, wanted);
+        out
+    }
+
     /// Packs of the records in `range`, each once.
     pub fn packs(&self, range: Range<usize>) -> Vec<u32> {
         let mut out: Vec<u32> = range.filter_map(|at| self.wants(at).first()).map(|want| want.place.pack).collect();
         out.dedup();
         out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn gather(places: &[(u32, u32, u32)]) -> Gather {
+        let mut gather = Gather::default();
+        for (block, &(pack, offset, length)) in places.iter().enumerate() {
+            let slot = Slot { kind: DATA, id: [block as u8; 32], place: Place { pack, offset, length } };
+            gather.add(block as u64, &[slot]).expect("adds");
+        }
+        gather.sort();
+        gather
+    }
+
+    #[test]
+    fn spans_join_neighbours_and_take_what_is_mostly_wanted() {
+        let far = 100 << 20;
+        let found = gather(&[
+            (0, 100, 50),
+            (0, 150, 50),
+            (0, 1000, 10), // near: one span
+            (1, 0, 10),
+            (1, far, 10), // far apart, and little of it: two
+            (2, 0, 4 << 20),
+            (2, 6 << 20, 4 << 20), // a gap of 2 MiB, but most of it wanted: one
+            (3, 5, 4_000_000_000), // a hostile length: none
+        ]);
+        let spans = found.spans(0..found.len(), 1 << 20);
+        let far = u64::from(far);
+        assert_eq!(spans, [(0, 100, 1010), (1, 0, 10), (1, far, far + 10), (2, 0, 10 << 20)]);
     }
 }

@@ -4,7 +4,7 @@
 //! nobody waits for another while holding a claim of its own, so nobody waits for ever.
 
 use std::collections::hash_map::Entry;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasherDefault, Hasher};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -13,7 +13,9 @@ use std::time::Duration;
 
 use crate::digest::Id;
 use crate::error::{invalid, Result};
+use crate::filter::Room;
 use crate::index::{build_from, key_of, Key, Segment};
+use crate::merge::Merger;
 use crate::names::Names;
 use crate::slots::Place;
 
@@ -61,12 +63,27 @@ pub enum Claim {
 }
 
 const SHARDS: usize = 64;
+/// Bytes of filters that are held in memory: those of fifty million entries.
+const FILTERS: usize = 64 << 20;
+
+/// A segment that is searched.
+struct Loaded {
+    name: Id,
+    segment: Arc<Segment>,
+    /// Number of each of its packs.
+    numbers: Vec<u32>,
+}
 
 /// The dedup lookup of one run.
 pub struct Known {
     names: Arc<Names>,
     shards: Vec<Shard>,
-    segments: RwLock<Vec<(Segment, Vec<u32>)>>,
+    /// The largest first: that is where most of what is known stands.
+    segments: RwLock<Vec<Loaded>>,
+    /// For filters.
+    room: Arc<Room>,
+    /// Damaged pages of segments that are searched no longer.
+    damaged: AtomicUsize,
     pending: AtomicUsize,
     failed: AtomicBool,
 }
@@ -78,6 +95,8 @@ impl Known {
             names,
             shards: (0..SHARDS).map(|_| Shard::default()).collect(),
             segments: RwLock::default(),
+            room: Room::new(FILTERS),
+            damaged: AtomicUsize::new(0),
             pending: AtomicUsize::new(0),
             failed: AtomicBool::new(false),
         }
@@ -87,13 +106,57 @@ impl Known {
         &self.shards[usize::from(key[KEY_BYTE]) % SHARDS]
     }
 
-    /// Search another segment too; its number of entries.
-    pub fn load(&self, file: OwnedFd, repository: &[u8; 16]) -> Result<u64> {
-        let segment = Segment::open(file, repository)?;
-        let numbers = segment.packs.iter().map(|name| self.names.intern(name)).collect();
-        let entries = segment.entries;
-        self.segments.write().unwrap_or_else(PoisonError::into_inner).push((segment, numbers));
+    /// Search another segment too, called `name`; its number of entries.
+    pub fn load(&self, file: OwnedFd, repository: &[u8; 16], name: &Id) -> Result<u64> {
+        let (segment, packs) = Segment::open(file, repository, &self.room)?;
+        let numbers = packs.iter().map(|name| self.names.intern(name)).collect();
+        let entries = segment.layout().entries;
+        let mut segments = self.segments.write().unwrap_or_else(PoisonError::into_inner);
+        let at = segments.partition_point(|other| other.segment.layout().entries >= entries);
+        segments.insert(at, Loaded { name: *name, segment: Arc::new(segment), numbers });
         Ok(entries)
+    }
+
+    /// Search these segments no longer: another holds what they hold.
+    pub fn unload(&self, names: &HashSet<Id>) {
+        let mut segments = self.segments.write().unwrap_or_else(PoisonError::into_inner);
+        segments.retain(|loaded| {
+            let stays = !names.contains(&loaded.name);
+            if !stays {
+                self.damaged.fetch_add(loaded.segment.damaged(), Ordering::Relaxed);
+            }
+            stays
+        });
+    }
+
+    /// Name, entries and bytes of each segment.
+    pub fn loaded(&self) -> Vec<(Id, u64, u64)> {
+        let segments = self.segments.read().unwrap_or_else(PoisonError::into_inner);
+        let line = |loaded: &Loaded| (loaded.name, loaded.segment.layout().entries, loaded.segment.layout().size());
+        segments.iter().map(line).collect()
+    }
+
+    /// Names of the segments that name one of `packs`.
+    pub fn naming(&self, packs: &HashSet<Id>) -> Vec<Id> {
+        let numbers: HashSet<u32> = packs.iter().map(|name| self.names.intern(name)).collect();
+        let segments = self.segments.read().unwrap_or_else(PoisonError::into_inner);
+        let names_one = |loaded: &&Loaded| loaded.numbers.iter().any(|number| numbers.contains(number));
+        segments.iter().filter(names_one).map(|loaded| loaded.name).collect()
+    }
+
+    /// Begin to merge the segments of these names, in this order, into the empty file `out`.
+    /// Nothing is loaded or unloaded by that.
+    pub fn merge(&self, names: &[Id], out: OwnedFd, repository: &[u8; 16], forget: &HashSet<Id>) -> Result<Merger> {
+        let segments = self.segments.read().unwrap_or_else(PoisonError::into_inner);
+        let mut inputs = Vec::with_capacity(names.len());
+        for name in names {
+            let Some(loaded) = segments.iter().find(|loaded| loaded.name == *name) else {
+                return invalid("a segment that is to be merged is not loaded");
+            };
+            inputs.push((loaded.segment.clone(), loaded.numbers.clone()));
+        }
+        drop(segments);
+        Merger::new(inputs, out, repository, &self.names, forget)
     }
 
     /// Look `id` up without claiming it.
@@ -108,9 +171,9 @@ impl Known {
 
     fn in_segments(&self, key: &Key) -> Option<Place> {
         let segments = self.segments.read().unwrap_or_else(PoisonError::into_inner);
-        segments.iter().rev().find_map(|(segment, numbers)| {
-            let (pack, offset, length) = segment.find(key)?;
-            let pack = *numbers.get(pack as usize)?;
+        segments.iter().find_map(|loaded| {
+            let (pack, offset, length) = loaded.segment.find(key)?;
+            let pack = *loaded.numbers.get(pack as usize)?;
             self.names.is_present(pack).then_some(Place { pack, offset, length })
         })
     }
@@ -187,7 +250,8 @@ impl Known {
     /// How many index pages turned out to be damaged.
     pub fn damaged_pages(&self) -> usize {
         let segments = self.segments.read().unwrap_or_else(PoisonError::into_inner);
-        segments.iter().map(|(segment, _)| segment.damaged.load(Ordering::Relaxed)).sum()
+        let now: usize = segments.iter().map(|loaded| loaded.segment.damaged()).sum();
+        now + self.damaged.load(Ordering::Relaxed)
     }
 
     /// The entries whose packs are finished, as a segment's bytes. None if there are none.
@@ -268,10 +332,14 @@ mod tests {
         assert!(known.segment(&[7; 16]).expect("builds").is_none());
         let mut file = tempfile::tempfile().expect("file");
         file.write_all(&bytes).expect("write");
-        known.load(file.into(), &[7; 16]).expect("loads");
+        known.load(file.into(), &[7; 16], &[3; 32]).expect("loads");
         known.forget();
         assert_eq!(known.find(&[1; 32]), Some(place));
         assert_eq!(known.wait(&[1; 32]).expect("stored"), place);
+        assert_eq!(known.loaded(), [([3; 32], 1, bytes.len() as u64)]);
+        assert_eq!(known.naming(&HashSet::from([[9; 32]])), [[3; 32]]);
+        known.unload(&HashSet::from([[3; 32]]));
+        assert_eq!(known.find(&[1; 32]), None);
     }
 
     #[test]

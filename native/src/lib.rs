@@ -2,7 +2,7 @@
 //!
 //! Plain Rust below, the border to Python in `py`. One direction: `py` calls
 //! `scan`, `fetch`, `compare`, which use `pack`, `record`, `page`, `known`,
-//! `index`, which use `codec`, `crypto`, `digest`, `io`.
+//! `index`, `merge`, which use `codec`, `crypto`, `digest`, `io`.
 
 pub mod bytes;
 pub mod codec;
@@ -11,10 +11,12 @@ pub mod crypto;
 pub mod digest;
 pub mod error;
 pub mod fetch;
+pub mod filter;
 pub mod gather;
 pub mod index;
 pub mod io;
 pub mod known;
+pub mod merge;
 pub mod names;
 pub mod pack;
 pub mod page;

@@ -78,6 +78,19 @@ impl Names {
         }
     }
 
+    /// The packs that have a name and are not there, sorted. None without a listing.
+    pub fn absent(&self) -> Vec<Id> {
+        let table = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let Some(present) = &table.present else {
+            return Vec::new();
+        };
+        let mut absent: Vec<Id> =
+            table.names.iter().flatten().filter(|name| !present.contains(*name)).copied().collect();
+        absent.sort_unstable();
+        absent.dedup();
+        absent
+    }
+
     /// How many numbers there are.
     pub fn len(&self) -> usize {
         self.0.read().unwrap_or_else(PoisonError::into_inner).names.len()

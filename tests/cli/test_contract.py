@@ -8,7 +8,7 @@ import click
 import pytest
 
 from imager import errors
-from imager.cli.main import VERBS, group
+from imager.cli.main import group
 
 # Arguments that are right in form, for the verbs that open a repository.
 NEEDS_REPOSITORY: dict[str, tuple[str, ...]] = {
@@ -22,7 +22,15 @@ NEEDS_REPOSITORY: dict[str, tuple[str, ...]] = {
     "forget": ("--keep-last", "1"),
     "pin": (),
     "prune": (),
+    "key list": (),
+    "key add": ("--new-keyfile", "KEY"),
+    "key remove": ("0123abcd",),
+    "key passwd": ("--new-keyfile", "KEY"),
+    "key export": (),
+    "key rotate": (),
 }
+VERBS = [" ".join(words) for words in group.leaves(click.Context(group))]
+KEYS = [verb for verb in NEEDS_REPOSITORY if verb.startswith("key ")]
 with_repository = pytest.mark.parametrize("verb", list(NEEDS_REPOSITORY))
 every_verb = pytest.mark.parametrize("verb", VERBS)
 both_forms = pytest.mark.parametrize("as_json", [False, True], ids=["text", "json"])
@@ -31,8 +39,8 @@ both_forms = pytest.mark.parametrize("as_json", [False, True], ids=["text", "jso
 @pytest.fixture
 def arguments(image: Path, tmp_path: Path):
     """The verb with arguments that name real files."""
-    names = {"IMAGE": str(image), "OUT": str(tmp_path / "out.img")}
-    return lambda verb: [verb, *(names.get(word, word) for word in NEEDS_REPOSITORY[verb])]
+    names = {"IMAGE": str(image), "OUT": str(tmp_path / "out.img"), "KEY": str(tmp_path / "new-key")}
+    return lambda verb: [*verb.split(), *(names.get(word, word) for word in NEEDS_REPOSITORY[verb])]
 
 
 def refused(ended, code: int, *, as_json: bool, kind: str | None = None) -> str:
@@ -56,16 +64,16 @@ def refused(ended, code: int, *, as_json: bool, kind: str | None = None) -> str:
 
 @every_verb
 def test_help(imager, verb: str) -> None:
-    ended = imager.ok(verb, "--help")
+    ended = imager.ok(*verb.split(), "--help")
     assert ended.out.startswith(f"Usage: imager {verb} ")
     assert ended.err == ""
-    assert imager.ok(verb, "-h").out == ended.out
+    assert imager.ok(*verb.split(), "-h").out == ended.out
 
 
 @every_verb
 def test_every_option_is_described(verb: str) -> None:
-    command = group.get_command(click.Context(group), verb)
-    assert command is not None and command.help
+    command = group.leaf(click.Context(group), verb.split())
+    assert command.help
     for parameter in command.params:
         if isinstance(parameter, click.Option):
             assert parameter.help and parameter.help.endswith(tuple(".):")), parameter.name
@@ -73,8 +81,22 @@ def test_every_option_is_described(verb: str) -> None:
 
 def test_help_names_every_verb(imager) -> None:
     text = imager.ok("--help").out
-    for verb in VERBS:
-        assert f"\n  {verb} " in text
+    for first, *more in (verb.split() for verb in VERBS):
+        assert f"\n  {first} " in text
+        for below in more:
+            assert f"\n  {below} " in imager.ok(first, "--help").out
+
+
+def test_a_group_without_a_verb_shows_what_there_is(imager) -> None:
+    ended = imager("key")
+    assert ended.code == errors.EXIT_USAGE and "rotate" in ended.err + ended.out
+
+
+@both_forms
+def test_unknown_verb_of_a_group(imager, as_json: bool) -> None:
+    ended = imager(*(["--json"] if as_json else []), "key", "rotat")
+    message = refused(ended, errors.EXIT_USAGE, as_json=as_json, kind="usage")
+    assert "key rotat" in message and "rotate" in message
 
 
 def test_version(imager) -> None:
@@ -84,7 +106,7 @@ def test_version(imager) -> None:
 @both_forms
 @every_verb
 def test_unknown_option(imager, verb: str, as_json: bool) -> None:
-    ended = imager(verb, "--no-such-option", *(["--json"] if as_json else []))
+    ended = imager(*verb.split(), "--no-such-option", *(["--json"] if as_json else []))
     refused(ended, errors.EXIT_USAGE, as_json=as_json, kind="usage")
 
 

@@ -6,11 +6,14 @@ abort ends the whole run. IMAGER_FUZZ=N multiplies the number of examples.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import struct
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -24,6 +27,7 @@ from imager._native import DATA, Gather, Known, Names, PackWriter, Slots, Vault
 from tests.damage.conftest import Copy
 from tests.damage.test_fuzz_repository import settled
 from tests.damage.workshop import World, pack_path, patched, with_footer_sum, with_head_sum, with_header_sum
+from tests.reference_writer import index_segment
 
 REPOSITORY, ID_KEY = bytes(range(16)), bytes(range(32))
 NATURAL = st.one_of(st.integers(0, 9), st.integers(0, 2**64 - 1), st.sampled_from([2**31, 2**32 - 1, 2**63]))
@@ -37,6 +41,16 @@ def file_of(data: bytes) -> int:
     fd = os.memfd_create("fuzz")
     os.write(fd, data)
     return fd
+
+
+@contextmanager
+def file_closed(data: bytes) -> Iterator[int]:
+    """A file that holds `data`, closed in the end."""
+    fd = file_of(data)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 # --- records and pages -----------------------------------------------------------------------
@@ -206,39 +220,56 @@ def test_writing_packs(
 # --- index ----------------------------------------------------------------------------------------
 
 
+def resealed(segment: bytes) -> bytes:
+    """All checksums fit again: only what they are made over is hostile."""
+    segment = patched(segment, 64, xxh3_64_intdigest(segment[:64]).to_bytes(8, "little"))
+    names = int.from_bytes(segment[12:16], "little")
+    if names < 100:
+        check = xxh3_64_intdigest(segment[4096 : 4096 + 32 * names]).to_bytes(8, "little")
+        segment = patched(segment, 4096 + 32 * names, check)
+    for at in range(8192, len(segment) - 4095, 4096):
+        check = xxh3_64_intdigest(segment[at + 8 : at + 4096]).to_bytes(8, "little")
+        segment = patched(segment, at, check)
+    return segment
+
+
 @settled(200)
 @given(data=st.data())
 def test_damaged_segments(worlds: dict[str, World], data: st.DataObject) -> None:
+    """Any of it damaged: header, names, pages, filter. Looked up in, and merged with one that is whole."""
     world = worlds["none"]
     repository = world.place.reference().config.repository
     segment = (world.place.root / "index" / world.index["first"][0]).read_bytes()
+    ids = [hashlib.sha256(bytes([number % 256, number // 256])).digest() for number in range(400)]
+    _, whole = index_segment(repository, [bytes(32)], [(one, 0, 72, 100) for one in ids])
+    if data.draw(st.booleans()):
+        segment = index_segment(repository, [b"p" * 32], [(one, 0, 72, 100) for one in ids])[1]
     for _ in range(data.draw(st.integers(1, 3))):
-        page = data.draw(st.sampled_from([0, 4096, 8192]))
+        page = data.draw(st.integers(0, len(segment) // 4096 - 1)) * 4096
         at = page + data.draw(st.integers(0, 80) | st.integers(0, 4090))
         segment = patched(segment, at, data.draw(st.binary(min_size=1, max_size=4) | st.just(b"\xff" * 4)))
     if data.draw(st.booleans()):
         segment = segment[: data.draw(st.integers(0, len(segment)))]
     if data.draw(st.booleans()) and len(segment) > 12288 - 1:
-        # All checksums fit again: only the numbers are hostile.
-        segment = patched(segment, 64, xxh3_64_intdigest(segment[:64]).to_bytes(8, "little"))
-        names = int.from_bytes(segment[12:16], "little")
-        if names < 100:
-            check = xxh3_64_intdigest(segment[4096 : 4096 + 32 * names]).to_bytes(8, "little")
-            segment = patched(segment, 4096 + 32 * names, check)
-        for at in range(8192, len(segment) - 4095, 4096):
-            check = xxh3_64_intdigest(segment[at + 8 : at + 4096]).to_bytes(8, "little")
-            segment = patched(segment, at, check)
-    known, fd = Known(Names()), file_of(segment)
-    try:
-        known.load(fd, repository)
-    except (_native.DamagedError, _native.ReadError):
-        return
-    finally:
-        os.close(fd)
-    for record in world.records(world.packs["first"][0]):
-        known.find(record.id)
-    known.find(bytes(32))
-    known.find(b"\xff" * 32)
+        segment = resealed(segment)
+    known = Known(Names())
+    with file_closed(segment) as fd, file_closed(whole) as other, file_closed(b"") as out:
+        known.load(other, repository, b"w" * 32)
+        try:
+            known.load(fd, repository, b"s" * 32)
+        except (_native.DamagedError, _native.ReadError):
+            assert known.count(b"".join(ids)) == len(ids)
+            return
+        for record in world.records(world.packs["first"][0]):
+            known.find(record.id)
+        assert known.find(bytes(32)) is None and known.find(b"\xff" * 32) is None
+        assert known.count(b"".join(ids)) == len(ids), "the one that is whole has them all"
+        job = known.merge([b"s" * 32, b"w" * 32], out, repository, [])
+        while job.step():
+            pass
+        merged = Known(Names())
+        merged.load(out, repository)
+        assert merged.count(b"".join(ids)) == len(ids) and merged.damaged_pages == 0
 
 
 # --- slots, and what is fetched by them --------------------------------------------------------------

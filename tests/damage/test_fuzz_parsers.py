@@ -25,16 +25,19 @@ from imager.device.partition_table import read_table
 from imager.engine import verified
 from imager.engine.journal import Journal
 from imager.errors import ImagerError, UsageError
-from imager.repository import keys, manifest
+from imager.repository import keys, manifest, public, writers
 from imager.repository.credentials import Credentials
 from imager.repository.format import (
+    Certificate,
     SessionObject,
     canonical,
     config_message,
     parse,
     parse_config,
+    revocation_message,
     shape,
 )
+from imager.repository.keymemory import KeyMemory
 from imager.repository.repository import Repository
 from imager.repository.witness import Witness
 from imager.storage.folder import FolderStorage
@@ -228,6 +231,82 @@ def test_manifests_of_a_hostile_writer(world: World, opened: Repository, data: s
         out.unlink(missing_ok=True)
         ended = place.imager("restore", f"{set_id}:{disk}", out)
         assert ended.code in (0, 1, 2, 3, 10, 12, 30)
+
+
+# --- keys of writers, and pages without a key ------------------------------------------------------
+
+
+@settled(150)
+@given(data=st.data(), raw=st.binary(max_size=200))
+def test_revocations_and_certificates(data: st.DataObject, raw: bytes) -> None:
+    repository, seed, writer = bytes(range(16)), b"s" * 32, "ab" * 16
+    verify_key = keys.public_key(seed)
+    good = json.loads(writers.new_revocation(repository, seed, writer, [b"d" * 32, b"e" * 32]))
+    changed = spoil(data, good)
+    if data.draw(st.booleans()):
+        try:
+            changed["signature"] = keys.sign(seed, revocation_message(changed)).hex()
+        except (OverflowError, ValueError, TypeError):
+            pass
+    for hostile in (encoded(changed), raw):
+        try:
+            found = writers.parse_revocation(hostile, writer, repository, verify_key)
+        except ImagerError:
+            continue
+        assert all(len(digest) == 32 for digest in writers.kept(found)) and found.writer == writer
+    _, certificate = writers.certify(repository, seed, host="h", label="l")
+    value = spoil(data, json.loads(canonical(certificate)))
+    try:
+        other = shape(value, Certificate, "certificate")
+    except ImagerError:
+        return
+    assert not writers.is_certified(repository, verify_key, other) or other == certificate
+
+
+@settled(200)
+@given(data=st.data(), sealed=st.booleans())
+def test_public_parts_of_pages(worlds: dict[str, World], data: st.DataObject, sealed: bool) -> None:
+    """As a key that only writes sees them: bytes changed anywhere, and fields by hand with sums that fit."""
+    world = worlds["sealed" if sealed else "none"]
+    manifest_ = world.place.reference().manifest(bytes.fromhex(world.sets["first"]))
+    assert manifest_ is not None
+    root = manifest_.public["roots"][0]
+    pack = (world.place.root / "maps" / root["pack"][:2] / root["pack"]).read_bytes()
+    record = bytearray(pack[root["offset"] : root["offset"] + root["length"]])
+    place = public.Place(
+        bytes.fromhex(root["pack"]), root["offset"], root["length"], bytes.fromhex(root["id"])
+    )
+    good = public.parse_page(bytes(record), place)
+    assert good.targets and all(target.length >= 64 for target in good.targets)
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(60, len(record) - 4) | st.integers(64, 84))
+        wide = data.draw(st.sampled_from([1, 2, 4]))
+        record[at : at + wide] = data.draw(st.binary(min_size=wide, max_size=wide) | st.just(b"\xff" * wide))
+    check = struct.pack("<I", _native.xxh3(bytes(record[:60])) & 0xFFFFFFFF)
+    record[60:64] = check
+    cut = data.draw(st.sampled_from([len(record), 0, 63, 64, 68, 76, len(record) - 1]))
+    hostile = bytes(record[:cut])
+    shorter = public.Place(place.pack, place.offset, data.draw(st.sampled_from([cut, len(record)])), place.id)
+    try:
+        page = public.parse_page(hostile, shorter)
+    except ImagerError:
+        return
+    assert len(page.targets) <= 512
+    assert all(64 <= one.length and one.offset + one.length < 1 << 32 for one in page.targets)
+
+
+@settled(60)
+@given(raw=st.binary(max_size=200) | st.sampled_from([b"[" * 5000, b"{}", b'{"epoch":-1}', b'{"revoked":3}']))
+def test_what_this_machine_remembers_of_keys(
+    quick: Path, monkeypatch: pytest.MonkeyPatch, raw: bytes
+) -> None:
+    monkeypatch.setenv("IMAGER_STATE_DIR", str(quick))
+    (quick / "keys").mkdir(exist_ok=True)
+    (quick / "keys" / f"{'00' * 16}.json").write_bytes(raw)
+    memory = KeyMemory(bytes(16))
+    assert isinstance(memory.slot, str) and isinstance(memory.revoked, dict)
+    memory.saw_epoch(1 << 31)
+    assert KeyMemory(bytes(16)).epoch >= 1 << 31
 
 
 # --- maps, tables, and what this machine remembers --------------------------------------------------

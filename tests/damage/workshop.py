@@ -51,9 +51,13 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A folder with a repository `r`, what a machine remembers of it, and its keyfile."""
+    """A folder with a repository `r`, what a machine remembers of it, and its keyfile.
+
+    `url`: where the command finds that repository, if not in the folder itself.
+    """
 
     folder: Path
+    url: str = ""
 
     @property
     def root(self) -> Path:
@@ -70,7 +74,7 @@ class Place:
         """Run the command within this process, as `main` does; never a trace, never an unforeseen error."""
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = run(["--json", "-r", str(self.root), *map(str, arguments)])
+            code = run(["--json", "-r", self.url or str(self.root), *map(str, arguments)])
         ended = Ended(code, out.getvalue(), err.getvalue())
         assert "Traceback" not in ended.err and "internal error" not in ended.err, ended.err
         return ended

@@ -6,9 +6,11 @@ in the next line), the lines after it are what it printed. `...` stands for
 any lines. Numbers, units, ids and times need not agree; words do. A command
 must succeed unless the next one is `echo $?`.
 
-Two comments in a page speak to the test: `<!-- setup: COMMAND -->` runs
-before all, and `<!-- device: /dev/sdb 64M -->` puts a loop device of that
-size in the place of /dev/sdb, which makes the page one for root.
+Comments in a page speak to the test: `<!-- setup: COMMAND -->` runs
+before all; `<!-- device: /dev/sdb 64M -->` puts a loop device of that
+size in the place of /dev/sdb, which makes the page one for root; and
+`<!-- ssh: HOST FOLDER -->` has an ssh server on loopback stand in for HOST,
+with a folder of its own in the place of FOLDER there.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from pathlib import Path
 _BLOCK = re.compile(r"^```console\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _SETUP = re.compile(r"<!-- setup:\s*(.*?)\s*-->", re.DOTALL)
 _DEVICE = re.compile(r"<!-- device:\s*(\S+)\s+(\S+)\s*-->")
+
+_SSH = re.compile(r"<!-- ssh:\s*(\S+)\s+(\S+)\s*-->")
 
 _LOOSE = (
     (re.compile(r"\x1b\[[0-9;]*m"), ""),
@@ -51,6 +55,11 @@ def setup(page: str) -> list[str]:
 def devices(page: str) -> list[tuple[str, str]]:
     """(path as the page names it, size) of each device that stands in for a real one."""
     return _DEVICE.findall(page)
+
+
+def servers(page: str) -> list[tuple[str, str]]:
+    """(host, folder) of each machine that is reached by ssh: at most one."""
+    return _SSH.findall(page)
 
 
 def steps(page: str) -> list[Step]:

@@ -22,6 +22,9 @@ def refreshed(page: str) -> str:
             for i, (name, size) in enumerate(pages.devices(page))
         }
         (folder / "page").mkdir()
+        for host, place in pages.servers(page):
+            server = test_readme.ssh_server(folder, folder / "page", host, place)
+            stand_ins |= stack.enter_context(server)
         results = test_readme.run_page(page, folder / "page", stand_ins)
     at = 0
     for step, _, printed in results:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.docs import pages
+from tests.sshd import Sshd, script
 
 ROOT = Path(__file__).parents[2]
 WITH_COMMANDS = [p for p in pages.pages(ROOT) if pages.steps(p.read_text())]
@@ -35,6 +36,28 @@ def loop_device(path: Path, size: str) -> Iterator[str]:
         subprocess.run(["losetup", "--detach", name], check=True)
 
 
+@contextmanager
+def ssh_server(folder: Path, home: Path, host: str, place: str) -> Iterator[dict[str, str]]:
+    """A server in the place of `host`: what stands in for the page's names. `home` gets an `ssh` for it."""
+    server = Sshd(folder / "sshd")
+    try:
+        backups = folder / Path(place).name
+        backups.mkdir()
+        client = server.client("you")
+        own = client.config.read_text()
+        client.config.write_text(f"Include {home}/.ssh/config\n{own}  Port {server.port}\n")
+        (home / "bin").mkdir()
+        (home / ".ssh").mkdir()
+        script(home / "bin/ssh", f'exec /usr/bin/ssh -F "{client.config}" "$@"')
+        yield {
+            host: "127.0.0.1",
+            place: str(backups),
+            "~/.ssh/authorized_keys": str(server.authorized),
+        }
+    finally:
+        server.stop()
+
+
 def run_page(page: str, folder: Path, stand_ins: dict[str, str]) -> list[tuple[pages.Step, int, list[str]]]:
     """Run all of a page in one shell: for each step its exit code and what it printed."""
     steps = [step for step in pages.steps(page) if not step.command.startswith(RUN_ELSEWHERE)]
@@ -48,7 +71,7 @@ def run_page(page: str, folder: Path, stand_ins: dict[str, str]) -> list[tuple[p
         script = script.replace(name, device)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("IMAGER_")}
     environment |= {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin",
+        "PATH": f"{folder}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin",
         "IMAGER_STATE_DIR": str(folder / ".state"),
         "IMAGER_CACHE_DIR": str(folder / ".cache"),
         "HOME": str(folder),
@@ -95,6 +118,8 @@ def test_every_command(page: Path, tmp_path: Path) -> None:
         }
         folder = tmp_path / "page"
         folder.mkdir()
+        for host, place in pages.servers(text):
+            stand_ins |= stack.enter_context(ssh_server(tmp_path, folder, host, place))
         results = run_page(text, folder, stand_ins)
     for i, (step, code, printed) in enumerate(results):
         followed = results[i + 1][0].command if i + 1 < len(results) else ""

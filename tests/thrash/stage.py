@@ -227,11 +227,11 @@ class Director:
 def _run(arguments: list[str], end: socket.socket, out: Path) -> None:
     """The child: the command as the console script runs it, on a storage that asks before each call."""
     try:
-        import imager.storage.open as opening
+        import imager.storage.location as opening
 
         channel = _Channel(end)
         usual = opening.open_storage
-        opening.open_storage = lambda place: SteppingStorage(usual(place), channel)  # type: ignore[assignment, arg-type, return-value]
+        opening.open_storage = lambda *place, **how: SteppingStorage(usual(*place, **how), channel)  # type: ignore[assignment, arg-type, return-value]
         quiet = os.open(os.devnull, os.O_RDONLY)
         written = os.open(out, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
         os.dup2(quiet, 0)

@@ -26,7 +26,7 @@ from imager import reference
 from imager.repository import imageset, tombstones
 from imager.repository.credentials import Credentials
 from imager.repository.repository import Repository
-from imager.storage.open import open_storage
+from imager.storage.location import open_storage
 from tests.thrash.backends import BACKENDS
 from tests.thrash.stage import Actor, Director
 

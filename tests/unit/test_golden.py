@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from imager import reference
 from imager.engine.verify import verify
 from imager.events import Silent
 from imager.repository import sync
@@ -41,7 +42,7 @@ def state(tmp_path: Path) -> Any:
 
 
 def test_there_are_some() -> None:
-    assert set(NAMES) >= {"plain-lz4", "keyfile-zstd", "passphrase-stream", "sizes", "unreadable"}
+    assert set(NAMES) >= {"keys", "plain-lz4", "keyfile-zstd", "passphrase-stream", "sizes", "unreadable"}
     assert NAMES == sorted(path.stem for path in GOLDEN.glob("*.json")), "each with its expectations"
 
 
@@ -155,3 +156,44 @@ def test_the_engine_restores_what_it_did_not_write(kind: str, codec: int, tmp_pa
     more = place.backup(image, name="line")
     place.gives(more.set, {"a": image.read_bytes()})
     place.is_whole([*sets, more.set])
+
+
+def test_the_engine_reads_what_writers_signed(tmp_path: Path) -> None:
+    """Certificates, a revocation and two epochs, none of them made by the tool."""
+    writer = w.Writer(tmp_path / "repo", ("keyfile", KEYFILE), seed=9)
+    image = w.Disk.of(b"of a host " * 9000, "a")
+    writer.add_slot("keyfile", b"w" * 40, role="write", host="host")
+    writer.add_slot("keyfile", b"r" * 40, role="read")
+    (one,) = writer.writers
+    writer.signer = one
+    first = writer.write_set("line", [image])
+    writer.revoke(one, [first])
+    later = writer.write_set("line", [image])
+    writer.signer = None
+    writer.add_epoch()
+    writer.add_slot("keyfile", KEYFILE[::-1])
+    last = writer.write_set("line", [image])
+    writer.add_slot("keyfile", b"x" * 40, role="write", host="another")
+    writer.signer = next(reversed(writer.writers))
+    forged = writer.write_set("line", [image])
+    for keyfile, readable in ((KEYFILE, {first}), (KEYFILE[::-1], {first, last}), (b"r" * 40, {first})):
+        (tmp_path / "key").write_bytes(keyfile)
+        place = Workbench(tmp_path, encryption="keyfile", create=False)
+        with place.open(writing=False) as repository:
+            listing = list_sets(repository)
+            refused = {item.id: item.reason for item in listing.problems}
+            assert "revoked" in refused.pop(later)
+            if last in readable:
+                assert "may sign sets of another" in refused.pop(forged)
+            assert not refused
+            assert {one.id for one in listing.sets if one.body is not None} == readable
+        other = reference.Repository(str(tmp_path / "repo"), keyfile=keyfile)
+        for set_id in readable:
+            place.restore(set_id, tmp_path / "out")
+            assert (tmp_path / "out").read_bytes() == image.content()
+            (tmp_path / "out").unlink()
+            assert other.images(other.resolve(set_id))[0].size == len(image.content())
+        with pytest.raises(reference.Damaged, match="revoked"):
+            other.resolve(later)
+        with pytest.raises((reference.Damaged, reference.WrongKey)):
+            other.images(other.resolve(forged))

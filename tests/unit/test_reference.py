@@ -26,6 +26,7 @@ from tests import reference_vectors
 from tests import reference_writer as w
 
 KEYFILE = bytes(range(64))
+RECOVERY = bytes(range(20))
 PASSPHRASE = "na\u0308ive"  # not in NFC
 SEALED = (("passphrase", PASSPHRASE.encode()), ("keyfile", KEYFILE))
 
@@ -70,7 +71,7 @@ def test_imports_nothing_else_of_the_project() -> None:
 @pytest.mark.parametrize("codec", [w.STORED, w.LZ4, w.ZSTD])
 @pytest.mark.parametrize(
     ("slots", "cipher"),
-    [((), w.AES), (SEALED[:1], w.AES), (SEALED[1:], w.CHACHA), ((("recovery", KEYFILE),), w.AES)],
+    [((), w.AES), (SEALED[:1], w.AES), (SEALED[1:], w.CHACHA), ((("recovery", RECOVERY),), w.AES)],
 )
 def test_reads_back(tmp_path: Path, codec: int, slots: tuple[tuple[str, bytes], ...], cipher: int) -> None:
     data, later = content(1, tail=100), bytearray(content(1, tail=100))
@@ -78,7 +79,7 @@ def test_reads_back(tmp_path: Path, codec: int, slots: tuple[tuple[str, bytes], 
     writer = w.Writer(tmp_path / "r", *slots)
     one = writer.write_set("d", [w.Disk.of(data)], codec=codec, cipher=cipher)
     two = writer.write_set("d", [w.Disk.of(bytes(later))], codec=codec, cipher=cipher, pack_bytes=1)
-    repository = Repository(str(tmp_path / "r"), PASSPHRASE, KEYFILE)
+    repository = Repository(str(tmp_path / "r"), PASSPHRASE, KEYFILE, RECOVERY)
     for text, expected in ((one, data), (two, bytes(later)), ("d", bytes(later)), ("latest", bytes(later))):
         manifest = repository.resolve(text)
         out = tmp_path / f"{text}.img"
@@ -410,8 +411,13 @@ def test_reader_agrees_with_the_vectors() -> None:
     full = Secrets(hexed(secret["config"]["id_key"]), {1: hexed(secret["epoch"]["private"])})
     for one in secret["slots"]:
         key = hexed(one["secret"])
-        opened = reference.open_slot(hexed(one["file"]), hexed(one["slot"]), config, key, key)
-        assert opened == (full if one["role"] == "full" else Secrets(full.id_key, {}))
+        opened = reference.open_slot(hexed(one["file"]), hexed(one["slot"]), config, key, key, key)
+        assert opened == (full if one["role"] != "write" else Secrets(full.id_key, {}))
+    recovery = secret["recovery_key"]
+    assert reference.parse_recovery_key(recovery["text"]) == hexed(recovery["key"])
+    revocation, writer = hexed(secret["writer"]["revocation"]), reference_vectors.WRITER
+    kept = reference.parse_revocation(revocation, writer, config)
+    assert kept == {bytes(range(3, 35)), bytes(range(4, 36))}
     for one in secret["envelopes"]:
         opened_key = reference.open_envelope(hexed(one["envelope"]), config, full)
         assert opened_key == (one["cipher"], hexed(one["session_key"]), hexed(one["session"]))

@@ -66,7 +66,7 @@ def command(
     which needs --name. The second backup of the same name stores only what
     changed; each set is complete by itself all the same.
     """
-    opening = shell.open(writing=True)
+    opening = shell.open(writing=True, cached=True)
     from imager.engine import backup
 
     options = backup.BackupOptions(
@@ -113,11 +113,14 @@ def _facts(plan: BackupPlan) -> dict[str, object]:
 
 def _print(shell: Shell, summary: BackupSummary) -> None:
     base = f", compared with {summary.base[:8]}" if summary.base else ""
+    if summary.by_content:
+        base = ", compared by content: this key cannot read earlier sets"
     shell.print(f"{summary.name} {summary.set[:8]}: {summary.strategy}{base}")
     for image in summary.images:
         read = f"{format_size(image.bytes_read)} read ({image.change_source})"
         changed = count(image.blocks_changed, "block")
-        blocks = f"{changed} changed, {image.blocks_new} stored, {image.blocks_shared} known"
+        how = "looked up" if summary.by_content else "changed"
+        blocks = f"{changed} {how}, {image.blocks_new} stored, {image.blocks_shared} known"
         shell.print(f"  {image.disk}: {format_size(image.size)}, {read}, {blocks}")
         for start, length in image.unreadable:
             shell.print(f"  {image.disk}: UNREADABLE: {length} bytes at {start}")

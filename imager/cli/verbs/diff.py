@@ -31,7 +31,7 @@ def command(shell: Shell, a: str, b: str, form: str) -> int:
     """
     from imager.engine import diff
 
-    opening = None if diff.is_file(a) and diff.is_file(b) else shell.open()
+    opening = None if diff.is_file(a) and diff.is_file(b) else shell.open(cached=True)
     with shell.reporter(long_job=False) as reporter:
         summary = diff.diff(opening.unlock() if opening else None, a, b, reporter)
     if shell.json or form == "json":

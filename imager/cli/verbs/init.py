@@ -22,19 +22,18 @@ from imager.cli.shell import Shell
     "--block-size", type=SIZE, metavar="SIZE", help="Use blocks of SIZE for every image (4K to 4M)."
 )
 def command(shell: Shell, place: str | None, encryption: str, block_size: int | None) -> None:
-    """Create a repository in the folder REPO.
+    """Create a repository at REPO: a folder, or an address with s3://, gs://, az:// or ssh://.
 
     It is encrypted unless you say --encryption none. The passphrase is asked
-    for twice; there is no way back into the repository without it. With
-    --encryption keyfile, --keyfile FILE names the key; it is made where FILE
-    does not exist.
+    for twice; there is no way back into the repository without it, unless
+    imager key export has made a recovery sheet. With --encryption keyfile,
+    --keyfile FILE names the key; it is made where FILE does not exist.
     """
     from imager.repository.repository import Repository
-    from imager.storage.open import open_storage
 
     place = place or shell.repository_name()
     repository = Repository.init(
-        open_storage(place),
+        shell.storage(place),
         shell.credentials(),
         encryption=encryption,
         block_size=block_size or 0,

@@ -69,12 +69,11 @@ def command(
     place = shell.repository_name()
     from imager.repository.keyless import open_keyless
     from imager.repository.prune import Prune, PruneOptions
-    from imager.storage.open import open_storage
 
     options = PruneOptions(max_unused, max_rewrite, max_minutes, fence, fence_older, despite_damage)
     with (
         shell.reporter() as reporter,
-        open_keyless(open_storage(place), writing=True) as repository,
+        open_keyless(shell.storage(place), writing=True) as repository,
         Prune(repository, options, reporter, dry_run=dry_run) as work,
     ):
         plan = work.plan()

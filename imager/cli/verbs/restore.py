@@ -53,7 +53,7 @@ def command(
     A device is written only after you have named it: type what the question
     asks for, or, where nobody is there to type, give --confirm-device.
     """
-    opening = shell.open()
+    opening = shell.open(cached=True)
     if target == "-":
         if any((shell.json, delta, resume, dry_run, overwrite, confirm_device)):
             raise UsageError(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @click.argument("set_text", metavar="SET")
 def command(shell: Shell, set_text: str) -> None:
     """Show what SET holds: disks, layout, strategy, base, and what was read and stored."""
-    opening = shell.open()
+    opening = shell.open(cached=True)
     from imager.engine import verified
     from imager.repository import imageset
 

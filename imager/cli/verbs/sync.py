@@ -49,10 +49,9 @@ def command(
     from imager.repository.imageset import parse_time
     from imager.repository.keyless import open_keyless
     from imager.repository.repository import Repository
-    from imager.storage.open import open_storage
 
     wishes = sync.Wishes(sets, names, tags, latest, parse_time(since, begin=True) if since else None)
-    origin, place = open_storage(source), open_storage(target)
+    origin, place = shell.storage(source), shell.storage(target)
     opened = Repository.open(origin, shell.credentials()) if wishes.need_key else open_keyless(origin)
     with opened as repository, shell.reporter() as reporter:
         plan = sync.plan(repository, place, wishes)

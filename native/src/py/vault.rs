@@ -58,6 +58,10 @@ impl Names {
         Ok(())
     }
 
+    fn absent(&self) -> Vec<[u8; 32]> {
+        self.0.absent()
+    }
+
     fn is_present(&self, number: u32) -> bool {
         self.0.is_present(number)
     }
@@ -98,6 +102,13 @@ impl Vault {
 
     fn block_id(&self, content: &[u8]) -> [u8; 32] {
         self.ids.block(content)
+    }
+
+    #[pyo3(signature = (level, first, slots, names, holder=None))]
+    fn page_id(&self, level: u8, first: u64, slots: &Slots, names: &Names, holder: Option<u32>) -> PyResult<[u8; 32]> {
+        // No pack has the last number: then no slot refers to the page's own pack.
+        let (public, sealed) = page::encode(level, first, &slots.0, &names.0, holder.unwrap_or(u32::MAX))?;
+        Ok(self.ids.page(&public, &sealed))
     }
 
     fn open_page(

@@ -148,6 +148,10 @@ impl Gather {
         self.read().slice_end(start, max_blocks)
     }
 
+    fn spans(&self, start: usize, end: usize, gap: u64) -> Vec<(u32, u64, u64)> {
+        self.read().spans(start..end, gap)
+    }
+
     fn packs(&self, start: usize, end: usize) -> Vec<u32> {
         self.read().packs(start..end)
     }

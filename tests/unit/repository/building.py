@@ -59,7 +59,8 @@ class Lab:
             known = index.look_around(session)
             roots = []
             for disk, content in disks.items():
-                before = next((image for image in base.images if image.disk == disk), None) if base else None
+                images = base.images if base and base.body else ()  # none where the key cannot read
+                before = next((image for image in images if image.disk == disk), None)
                 reader = MapReader(repository, before, listed_only=True) if before else None
                 roots.append(self._image(session, known, reader, content, pack_blocks))
             index.write_segment(session, known)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from imager.errors import CommandError, UsageError, WrongKey
+from imager.repository import recovery_key
 from imager.repository.credentials import Credentials
 
 QUIET = Credentials(interactive=False)
@@ -81,13 +82,20 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
         Credentials(passphrase_command="false", interactive=False).obtain({"passphrase"})
 
 
+TYPED = recovery_key.encode(bytes(range(20)))
 _ASK = """
 import sys
 from imager.errors import ImagerError
+from imager.repository import recovery_key
 from imager.repository.credentials import Credentials
 try:
     one = Credentials()
-    secret = one.choose("passphrase") if sys.argv[1] == "choose" else one.obtain({"passphrase"})
+    if sys.argv[1] == "recovery":
+        secret = Credentials(recovery_key_file="-").obtain({"recovery", "passphrase"})
+    elif sys.argv[1] == "only recovery":
+        secret = one.obtain({"recovery"})
+    else:
+        secret = one.choose("passphrase") if sys.argv[1] == "choose" else one.obtain({"passphrase"})
     open(sys.argv[2], "wb").write(secret.value)
 except ImagerError as error:
     open(sys.argv[2], "w").write(error.message)
@@ -100,6 +108,8 @@ except ImagerError as error:
         ("obtain", ["geheim"], b"geheim"),
         ("choose", ["geheim", "geheim"], b"geheim"),
         ("choose", ["geheim", "gehiem"], b"the two passphrases differ"),
+        ("recovery", [TYPED], bytes(range(20))),
+        ("only recovery", [TYPED.lower()], bytes(range(20))),
     ],
 )
 def test_a_person_at_a_terminal_is_asked(tmp_path: Path, what: str, typed: list[str], result: bytes) -> None:
@@ -123,7 +133,7 @@ def test_a_person_at_a_terminal_is_asked(tmp_path: Path, what: str, typed: list[
     os.waitpid(pid, 0)
     os.close(terminal)
     assert (tmp_path / "out").read_bytes() == result
-    assert b"geheim" not in shown
+    assert all(text.encode() not in shown for text in typed)
 
 
 def test_without_a_terminal_nobody_is_asked(tmp_path: Path) -> None:
@@ -131,3 +141,88 @@ def test_without_a_terminal_nobody_is_asked(tmp_path: Path) -> None:
     argv = [sys.executable, "-c", _ASK, "obtain", out]
     subprocess.run(argv, stdin=subprocess.DEVNULL, check=True, timeout=60)
     assert "no passphrase was given" in Path(out).read_text()
+
+
+# --- the order, and the newer ways -------------------------------------------------------------------
+
+
+KEY = TYPED
+
+
+def test_the_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Options, then the environment, then systemd; within each recovery key, keyfile, passphrase."""
+    every = {"passphrase", "keyfile", "recovery"}
+    (tmp_path / "imager.passphrase").write_text("by systemd\n")
+    (tmp_path / "imager.keyfile").write_bytes(b"s" * 32)
+    (tmp_path / "key").write_bytes(b"k" * 32)
+    (tmp_path / "recovery").write_text(KEY)
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    assert QUIET.obtain(every).value == b"s" * 32
+    assert QUIET.obtain({"passphrase"}).value == b"by systemd"
+    monkeypatch.setenv("IMAGER_PASSPHRASE", "by environment")
+    assert QUIET.obtain(every).value == b"by environment"
+    monkeypatch.setenv("IMAGER_KEYFILE", str(tmp_path / "key"))
+    assert QUIET.obtain(every).value == b"k" * 32
+    monkeypatch.setenv("IMAGER_RECOVERY_KEY", KEY)
+    assert QUIET.obtain(every).value == bytes(range(20))
+    (tmp_path / "words").write_text("by option\n")
+    option = Credentials(passphrase_file=str(tmp_path / "words"), interactive=False)
+    assert option.obtain(every).value == b"by option"
+    assert option.obtain({"keyfile"}).value == b"k" * 32, "what has no slot is passed over"
+    option = Credentials(
+        passphrase_file=str(tmp_path / "words"),
+        recovery_key_file=str(tmp_path / "recovery"),
+        interactive=False,
+    )
+    assert option.obtain(every).kind == "recovery"
+
+
+def test_a_descriptor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for content, expected in ((b"words\n", b"words"), (b"words", b"words"), (b"words\r\n\n", b"words")):
+        read, write = os.pipe()
+        os.write(write, content)
+        os.close(write)
+        assert Credentials(passphrase_fd=read, interactive=False).obtain({"passphrase"}).value == expected
+        os.close(read)
+    for content in (b"two\nlines", b"\xff\xfe", b""):
+        read, write = os.pipe()
+        os.write(write, content)
+        os.close(write)
+        with pytest.raises(UsageError):
+            Credentials(passphrase_fd=read, interactive=False).obtain({"passphrase"})
+        os.close(read)
+    with pytest.raises(UsageError, match="descriptor"):
+        Credentials(passphrase_fd=read, interactive=False).obtain({"passphrase"})
+    endless = os.open("/dev/zero", os.O_RDONLY)
+    with pytest.raises(UsageError, match="more than"):
+        Credentials(passphrase_fd=endless, interactive=False).obtain({"passphrase"})
+    os.close(endless)
+    monkeypatch.setenv("IMAGER_PASSPHRASE_FD", "three")
+    with pytest.raises(UsageError, match="number"):
+        QUIET.obtain({"passphrase"})
+
+
+def test_a_new_secret_has_variables_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Else the passphrase that opens would silently become the new one."""
+    monkeypatch.setenv("IMAGER_PASSPHRASE", "old")
+    new = Credentials(prefix="IMAGER_NEW_", interactive=False)
+    with pytest.raises(UsageError, match="no passphrase was given"):
+        new.choose("passphrase")
+    monkeypatch.setenv("IMAGER_NEW_PASSPHRASE", "new")
+    assert new.choose("passphrase").value == b"new"
+    monkeypatch.setenv("IMAGER_KEYFILE", str(tmp_path / "old"))
+    with pytest.raises(UsageError, match="no keyfile named"):
+        new.choose("keyfile", option="--new-keyfile")
+    monkeypatch.setenv("IMAGER_NEW_KEYFILE", str(tmp_path / "new"))
+    assert new.choose("keyfile").value == (tmp_path / "new").read_bytes()
+
+
+def test_a_recovery_key_that_is_wrong_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("IMAGER_RECOVERY_KEY", KEY[:-1] + ("0" if KEY[-1] != "0" else "1"))
+    with pytest.raises(UsageError, match="group 8 of 8"):
+        QUIET.obtain({"recovery", "passphrase"})
+    (tmp_path / "binary").write_bytes(b"\xff" * 40)
+    with pytest.raises(UsageError):
+        Credentials(recovery_key_file=str(tmp_path / "binary"), interactive=False).obtain({"recovery"})
+    with pytest.raises(WrongKey, match="no slot for a recovery key"):
+        Credentials(recovery_key_file=str(tmp_path / "binary"), interactive=False).obtain({"keyfile"})

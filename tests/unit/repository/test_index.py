@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import blake3
+import pytest
 
 from imager.events import Silent
 from imager.repository import index
-from imager.repository.format import KIND_DATA
+from imager.repository.format import INDEX, KIND_DATA
+from imager.repository.segments import segment_name
 from imager.repository.session import Session
+from tests.reference_writer import index_segment
 from tests.unit.repository.building import Lab, noise
+from tests.unit.repository.segment_making import digest, segment_of
 from tests.unit.repository.test_session import fill
 
 
@@ -68,6 +72,27 @@ def test_a_long_run_writes_segments_on_the_way(lab: Lab) -> None:
         assert index.write_segment(session, known, reload=True) is not None
         assert known.pending == 0 and known.find(identity) == found
         assert len(lab.paths("index")) == 1
+
+
+@pytest.mark.parametrize("count", [1, 127, 128, 3024, 3025, 20_000])
+def test_a_segment_is_what_the_page_says(lab: Lab, count: int) -> None:
+    """Byte for byte what the reference writer makes, filter and all."""
+    packs = [digest("one"), digest("two"), digest("three")]
+    places = {digest(str(number)): (packs[number % 3], 80 + number) for number in range(count)}
+    used = [pack for pack in packs if any(place[0] == pack for place in places.values())]
+    rows = [(identity, used.index(pack), offset, 100) for identity, (pack, offset) in places.items()]
+    name, data = index_segment(lab.repository.id, used, rows)
+    assert segment_of(lab.repository, places) == data and segment_name(data) == INDEX + name.hex()
+
+
+def test_a_damaged_segment_in_the_place_of_a_rebuilt_one_is_replaced(lab: Lab) -> None:
+    lab.backup(sda=noise(30))
+    index.rebuild(lab.reopen(), Silent())
+    (path,) = lab.paths("index")
+    whole = path.read_bytes()
+    path.write_bytes(bytes(len(whole)))
+    index.rebuild(lab.reopen(), Silent())
+    assert path.read_bytes() == whole
 
 
 def test_rebuilding_finds_all_blocks_again(lab: Lab) -> None:

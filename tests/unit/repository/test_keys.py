@@ -10,16 +10,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imager.errors import ImagerError, IntegrityError, UsageError, WrongKey
-from imager.repository import keys
+from imager.repository import keys, writers
 from imager.repository.format import canonical
-from imager.repository.keys import Secret, Unlocking
+from imager.repository.keys import Secret
+from imager.repository.unlocking import Unlocking, in_order
 
 REPOSITORY = bytes(range(16))
 KEYFILE = Secret("keyfile", b"k" * 64)
 
 
-def slot_of(secret: Secret, **options: str) -> tuple[keys.Secrets, keys.Slot, bytes]:
-    secrets = keys.new_secrets()
+def slot_of(secret: Secret, role: str = "full", **options: str) -> tuple[keys.Secrets, keys.Slot, bytes]:
+    full = keys.new_secrets()
+    seed, writer = writers.certify(REPOSITORY, full.signing_seed, host="h", label="l")
+    secrets = {
+        "full": full,
+        "read": keys.for_reading(full),
+        "write": keys.for_writing(full, seed, writer),
+    }[role]
     name, raw = keys.new_slot(REPOSITORY, secrets, secret, **options)
     return secrets, keys.parse_slot(raw, name, REPOSITORY), raw
 
@@ -61,9 +68,11 @@ def test_a_passphrase_slot_takes_any_normal_form() -> None:
 
 
 def test_a_write_only_slot_holds_no_private_epoch_key() -> None:
-    secrets, slot, _ = slot_of(KEYFILE, role="write")
+    writing, slot, _ = slot_of(KEYFILE, role="write")
     opened = keys.open_slot(slot, KEYFILE)
-    assert opened is not None and opened.epochs == {} and opened.signing_seed == secrets.signing_seed
+    assert opened == writing and (opened.epochs, opened.role, opened.newest) == ({}, "write", 1)
+    assert opened.writer is not None and keys.public_key(opened.signing_seed).hex() == opened.writer.public
+    secrets = keys.new_secrets()
     envelope = keys.seal_session_key(
         b"s" * 32,
         cipher=1,
@@ -75,6 +84,44 @@ def test_a_write_only_slot_holds_no_private_epoch_key() -> None:
     with pytest.raises(WrongKey, match="back up"):
         keys.open_envelope(envelope, opened, REPOSITORY)
     assert keys.open_envelope(envelope, secrets, REPOSITORY) == (1, b"s" * 32)
+
+
+def test_a_slot_for_reading_signs_nothing() -> None:
+    secrets, slot, raw = slot_of(KEYFILE, role="read")
+    opened = keys.open_slot(slot, KEYFILE)
+    assert opened == secrets and (opened.signing_seed, opened.role) == (b"", "read")
+    assert json.loads(raw)["reads"] == [1] and list(opened.epochs) == [1]
+
+
+@pytest.mark.parametrize("role", ["full", "read", "write"])
+@pytest.mark.parametrize("other", ["full", "read", "write"])
+def test_what_is_sealed_fits_the_role(role: str, other: str) -> None:
+    """Whoever can seal a slot has its secret; a payload of another role is refused all the same."""
+    from imager import _native
+
+    secrets, slot, raw = slot_of(KEYFILE, role=role)
+    value = json.loads(raw)
+    key = _native.blake3_derive(
+        "imager 2026-11 keyfile slot v1", bytes.fromhex(value["kdf"]["salt"]) + KEYFILE.value
+    )
+    start = b"imager slot v1" + REPOSITORY + bytes.fromhex(slot.slot) + b"keyfile\0"
+    payload = _native.unwrap(
+        key, bytes.fromhex(value["nonce"]), bytes.fromhex(value["sealed"]), start + role.encode()
+    )
+    assert payload is not None
+    value["role"], value["nonce"] = other, "01" * 12
+    value["sealed"] = _native.wrap(key, b"\1" * 12, payload, start + other.encode()).hex()
+    if other == "write":
+        value["writer"] = json.loads(slot_of(KEYFILE, role="write")[2])["writer"]
+        value["writer"] = json.loads(raw).get("writer", value["writer"])
+    else:
+        value.pop("writer", None)
+    changed = keys.parse_slot(canonical(value), slot.slot, REPOSITORY)
+    if role == other:
+        assert keys.open_slot(changed, KEYFILE) == secrets
+        return
+    with pytest.raises(IntegrityError):
+        keys.open_slot(changed, KEYFILE)
 
 
 def test_secrets_do_not_show_themselves() -> None:
@@ -133,6 +180,24 @@ def test_unlocking_tries_all_slots_beside_other_work() -> None:
     assert unlocking.result() == secrets
     with pytest.raises(WrongKey):
         Unlocking(slots, keys.passphrase("three")).result()
+
+
+def test_the_likely_slot_is_tried_first_and_costs_no_other() -> None:
+    secrets = keys.new_secrets()
+    slots = []
+    for number in range(6):
+        name, raw = keys.new_slot(REPOSITORY, secrets, keys.passphrase(f"word {number}"))
+        slots.append(keys.parse_slot(raw, name, REPOSITORY))
+    for number in (4, 0):
+        unlocking = Unlocking(in_order(slots, slots[number].slot), keys.passphrase(f"word {number}"))
+        assert unlocking.result() == secrets
+        assert (unlocking.tried, unlocking.opened.slot) == (1, slots[number].slot)
+    # One that costs more than the others comes last, whoever put it there.
+    dear = json.loads(canonical(slots[0]))
+    dear["kdf"] |= {"memory_kib": 1 << 20, "passes": 16}
+    dear["slot"] = "00" * 16
+    slots.append(keys.parse_slot(canonical(dear), "00" * 16, REPOSITORY))
+    assert in_order(slots, "")[-1].slot == "00" * 16
 
 
 def test_a_damaged_slot_does_not_keep_the_others_shut() -> None:

@@ -16,7 +16,7 @@ from imager.repository.credentials import Credentials
 from imager.repository.format import KIND_DATA, canonical, config_message
 from imager.repository.repository import Repository
 from imager.storage.folder import FolderStorage
-from imager.storage.open import open_storage
+from imager.storage.location import open_storage
 from tests.unit.repository.building import BLOCK, Lab, noise
 
 QUIET = Credentials(interactive=False)

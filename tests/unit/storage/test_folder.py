@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from imager.errors import Locked, StorageError, UsageError
+from imager.errors import Locked, StorageError
 from imager.storage.base import Entry, Storage
 from imager.storage.errors import AlreadyExists, Gone, NotFound
 from imager.storage.folder import FolderStorage
-from imager.storage.open import open_storage
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a filesystem")
 
@@ -249,11 +248,3 @@ def test_a_read_only_disk_is_told(small: FolderStorage) -> None:
         small.create("sets/b", b"x")
     assert "writable" in (caught.value.hint or "")
     assert small.read("sets/a") == b"x"
-
-
-def test_places(tmp_path: Path) -> None:
-    assert open_storage(str(tmp_path)).url == str(tmp_path)
-    assert open_storage(f"file://{tmp_path}/with%20space").url == f"{tmp_path}/with space"
-    for wrong in ("s3://bucket/x", "file://relative", ""):
-        with pytest.raises(UsageError):
-            open_storage(wrong)

@@ -1,0 +1,82 @@
+"""No more than so many bytes a second, over all calls together.
+
+Invariant: over any longer time the rate is kept; a single upload goes at the
+speed of the line, and the next one waits until the average is right again.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from imager.storage.base import Staged, Storage
+from imager.storage.wrapper import Wrapper
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bytes a second; None: as fast as it goes."""
+
+    upload: int | None = None
+    download: int | None = None
+
+
+class _Pace:
+    """Tells how long to wait before so many bytes may be moved."""
+
+    def __init__(self, rate: int, clock: Callable[[], float]) -> None:
+        self._rate = rate
+        self._clock = clock
+        self._free = clock()
+        self._lock = threading.Lock()
+
+    def wait(self, size: int) -> float:
+        """Take `size` bytes: seconds to wait before they are moved."""
+        with self._lock:
+            present = self._clock()
+            begin = max(self._free, present)
+            self._free = begin + size / self._rate
+            return begin - present
+
+
+class Limited(Wrapper):
+    """A storage that is used at a limited rate."""
+
+    def __init__(
+        self,
+        inner: Storage,
+        limits: Limits,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        super().__init__(inner)
+        self._sleep = sleep
+        self._up = _Pace(limits.upload, clock) if limits.upload else None
+        self._down = _Pace(limits.download, clock) if limits.download else None
+
+    def _wait(self, pace: _Pace | None, size: int) -> None:
+        if pace is not None and (pause := pace.wait(size)) > 0:
+            self._sleep(pause)
+
+    def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
+        """See `Storage.read`."""
+        if length is not None:
+            self._wait(self._down, length)
+            return super().read(name, offset, length)
+        data = super().read(name, offset, length)
+        self._wait(self._down, len(data))
+        return data
+
+    def create(self, name: str, data: bytes) -> None:
+        """See `Storage.create`."""
+        self._wait(self._up, len(data))
+        super().create(name, data)
+
+    def publish(self, staged: Staged, name: str) -> None:
+        """See `Staged.publish`."""
+        self._wait(self._up, os.fstat(staged.fd).st_size)
+        super().publish(staged, name)

@@ -1,0 +1,48 @@
+"""The damage table once more, for a repository in an object store.
+
+The server keeps its objects as files, so the damage is done to them by the same hands; what
+the commands make of it must be the same, byte for byte. Every fourth row is run, and all
+of them where IMAGER_TEST_ALL is set (some minutes).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.damage import test_table
+from tests.damage.conftest import Copy
+from tests.damage.damages import TABLE, Row
+from tests.damage.workshop import Place, World
+from tests.objectstores import Store, s3, s3s_door  # noqa: F401
+
+
+@pytest.fixture
+def far_copy(s3: Store, monkeypatch: pytest.MonkeyPatch) -> Copy:  # noqa: F811
+    """A copy of a world in the object store."""
+
+    def make(world: World) -> Place:
+        assert s3.objects is not None
+        world.place.copy(s3.objects.parent)
+        place = Place(s3.objects.parent, s3.url)
+        for key, value in place.environment().items():
+            monkeypatch.setenv(key, value)
+        return place
+
+    return make
+
+
+SEALED = [row for row in TABLE if row.only in ("", "sealed")]
+ROWS = SEALED if os.environ.get("IMAGER_TEST_ALL") else SEALED[::4]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_row(row: Row, worlds: dict[str, World], far_copy: Copy, quick: Path) -> None:
+    test_table.test_row(row, "sealed", worlds, far_copy, quick)
+
+
+@pytest.mark.parametrize("name", ["sealed", "none"])
+def test_nothing_is_wrong_before(name: str, worlds: dict[str, World], far_copy: Copy, quick: Path) -> None:
+    test_table.test_nothing_is_wrong_before(worlds[name], far_copy, quick)
