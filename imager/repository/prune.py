@@ -111,6 +111,8 @@ class Prune:
         self._marked = Marked()
         self._copied: dict[int, frozenset[int]] = {}
         "Offsets of the records that this run has moved, by the pack they were in."
+        self._written: set[bytes] = set()
+        "Names of the packs that this run has written."
         self._sequence = 0
         self._counts = _Counts()
         self._fenced: tuple[str, ...] = ()
@@ -379,6 +381,7 @@ class Prune:
             return
         self._counts.written += 1
         self._counts.bytes_written += merged.size
+        self._written.add(merged.name)
         number = self.repository.names.reserve()
         self.repository.names.resolve(number, merged.name)
         assert self._marker is not None
@@ -421,7 +424,10 @@ class Prune:
             )
             if not grown and listed.issuperset(self._relied_upon(view)):
                 break
-            self._look()
+            view = self._look()
+            # Of what this run has copied nothing may be left, if it was taken for dead: the marks tell.
+            self._copied.clear()
+            self._written.intersection_update({*view.packs, *view.maps})
         else:
             self.reporter.note("others are busy here: the next prune deletes what is condemned")
             return (), sum(len(one.packs) + len(one.maps) for one in condemned.values())
@@ -439,9 +445,10 @@ class Prune:
         return tuple(sorted(blockers)), left
 
     def _relied_upon(self, view: View) -> set[bytes]:
-        """Packs that are there and in which something lives, as it was marked."""
+        """Packs that hold, as it was marked, what lives, and those that this run has written."""
         names = (self.repository.names.name(number) for number in self._marked.marks.packs())
-        return {name for name in names if name is not None and (name in view.packs or name in view.maps)}
+        marked = {name for name in names if name is not None and (name in view.packs or name in view.maps)}
+        return marked | self._written
 
     def _delete(self, one: Condemnation, listed: set[bytes]) -> int:
         """Delete condemned packs, once what lives in them has been moved; how many had to stay."""

@@ -131,8 +131,8 @@ def _writer(name: str, blocks: str) -> Make:
     return lambda store: writer(store, name, blocks)
 
 
-def _pruner(name: str) -> Make:
-    return lambda store: pruner(store, name)
+def _pruner(name: str, *, lazy: bool = False) -> Make:
+    return lambda store: pruner(store, name, lazy=lazy)
 
 
 def _forget(name: str) -> Make:
@@ -147,6 +147,11 @@ SCENARIOS = (
     Scenario("a writer, a prune and a fencer", _BEFORE, (_pruner("p1"), fencer, _writer("w2", "abd"))),
     Scenario("two prunes", _BEFORE, (_pruner("p1"), _pruner("p2"))),
     Scenario("two prunes that are fenced", _BEFORE, (_pruner("p1"), _pruner("p2"), fencer)),
+    Scenario(
+        "a prune that moves and one that only drops, fenced",
+        _BEFORE,
+        (_pruner("p1"), _pruner("p2", lazy=True), fencer),
+    ),
     Scenario("forget between", _BEFORE, (_pruner("p1"), _forget("w1"), _writer("w2", "abcd"))),
     Scenario("two prunes and a writer", _BEFORE, (_pruner("p1"), _writer("w2", "ad"), _pruner("p2"))),
     Scenario(

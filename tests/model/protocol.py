@@ -35,6 +35,8 @@ class Flaws:
     "A prune takes a condemned pack for a safe place of a record."
     stale: bool = False
     "A prune does not look whether the packs that it relies on are still there."
+    forgetful: bool = False
+    "A prune takes for granted that the packs that it has written are still there."
     hasty: bool = False
     "A prune deletes before the index knows where the records went."
     reusing: bool = False
@@ -137,9 +139,10 @@ class _View:
 class _Prune:
     """One run of prune, as `imager/repository/prune.py` does it."""
 
-    def __init__(self, store: Store, me: str) -> None:
+    def __init__(self, store: Store, me: str, lazy: bool) -> None:
         self.store = store
         self.me = me
+        self.lazy = lazy
         self.made = 0
         self.own: set[str] = set()
         self.copied: set[tuple[str, str]] = set()
@@ -222,6 +225,8 @@ class _Prune:
             live = self.marks.get(pack, set())
             if live == blocks:
                 continue
+            if live and self.lazy:
+                continue
             if live:
                 yield from self.copy(pack, live)
             if all((pack, block) in self.copied for block in live):
@@ -242,12 +247,17 @@ class _Prune:
             sessions = dict(store.sessions)
             yield
             sets = dict(store.sets)
-            vanished = not store.flaws.stale and self.marks.keys() - packs_now
+            relied = self.marks.keys() if store.flaws.forgetful else self.marks.keys() | self.own
+            vanished = not store.flaws.stale and relied - packs_now
             grown = condemned.keys() - view.condemned.keys() or sets.keys() - view.sets.keys()
             if not (grown or vanished) or store.flaws.blind:
                 break
             view = yield from self.look()
             self.mark(view)
+            # Of what this run has copied nothing may be left: the marks tell.
+            self.own = {pack for pack in self.own if pack in view.packs}
+            if not store.flaws.forgetful:
+                self.copied = set()
             if self.unknown:
                 return
         else:
@@ -274,9 +284,9 @@ class _Prune:
                 store.condemned.pop(name, None)
 
 
-def pruner(store: Store, me: str) -> Agent:
-    """One run of prune."""
-    return _Prune(store, me).run()
+def pruner(store: Store, me: str, *, lazy: bool = False) -> Agent:
+    """One run of prune. `lazy`: it only drops packs in which nothing lives."""
+    return _Prune(store, me, lazy).run()
 
 
 Make = Callable[[Store], Agent]

@@ -16,10 +16,12 @@ import pytest
 from imager import reference
 from imager.engine.verify import verify
 from imager.events import Silent
-from imager.repository import sync
+from imager.repository import forgetting, sync
 from imager.repository.check import check
 from imager.repository.imageset import list_sets
 from imager.repository.keyless import open_keyless
+from imager.repository.prune import Prune, PruneOptions, PruneSummary
+from imager.repository.retention import Rules
 from imager.storage.folder import FolderStorage
 from tests import reference_writer as w
 from tests.workbench import KEYFILE, PASSPHRASE, Workbench, sha256, state_in
@@ -197,3 +199,38 @@ def test_the_engine_reads_what_writers_signed(tmp_path: Path) -> None:
             other.resolve(later)
         with pytest.raises((reference.Damaged, reference.WrongKey)):
             other.images(other.resolve(forged))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_golden_repository_is_pruned(name: str, tmp_path: Path) -> None:
+    """All but the newest set of each lineage go, and what only they needed; both readers read the rest."""
+    facts = json.loads((GOLDEN / f"{name}.json").read_text())
+    unpack(name, tmp_path)
+    place = Workbench(tmp_path, encryption=facts["encryption"], create=False)
+
+    def run() -> PruneSummary:
+        with (
+            open_keyless(place.storage(), writing=True) as repository,
+            Prune(repository, PruneOptions(max_unused="0%"), Silent()) as work,
+        ):
+            return work.execute(work.plan())
+
+    assert run().condemned == 0
+    place.is_whole([one["set"] for one in facts["sets"]])
+    with place.open() as repository:
+        plan = forgetting.plan_rules(repository, Rules(last=1), Silent())
+        forgetting.execute(repository, plan, Silent())
+    summary = run()
+    assert summary.condemned == 0
+    if name in ("plain-lz4", "keyfile-zstd"):
+        assert plan.doomed and summary.packs_deleted > 0
+    gone = {manifest.id for manifest in plan.doomed}
+    for one in facts["sets"]:
+        if one["set"] in gone:
+            continue
+        place.is_whole([one["set"]])
+        for disk, wanted in one["disks"].items():
+            target = tmp_path / "out"
+            place.reference(one["set"], target, disk)
+            assert sha256(target) == wanted["sha256"]
+            target.unlink()
