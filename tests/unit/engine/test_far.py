@@ -134,9 +134,10 @@ def test_what_is_under_way_is_bounded(
     gives(bench, watched, "d", image)
     assert 8 <= watched.most <= spool.IN_FLIGHT
     assert 4 * MIB <= max(held) <= 4 * MIB + 2 * MIB
-    # Each byte was asked for once, but for what lies between two slices' records.
+    # Each byte was asked for once, but those of the image's first MiB, which is fetched twice more with
+    # what lies between its records (threads write them in no order).
     total = sum(end - start for _, start, end in watched.ranges)
-    assert total <= 1.05 * sum(path.stat().st_size for path in (bench.root / "packs").rglob("*"))
+    assert total <= 8 * MIB + sum(path.stat().st_size for path in (bench.root / "packs").rglob("*"))
 
 
 def test_only_what_is_needed_is_fetched(bench: Workbench, tmp_path: Path) -> None:
