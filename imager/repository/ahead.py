@@ -150,6 +150,7 @@ class _Ahead:
             except (IntegrityError, StorageError) as error:
                 present.reasons[pack.number] = error.message
             else:
+                self._access.require_key(pack.number, located.keys)
                 present.readers[pack.number] = (pack.fd, located.keys)
 
     def _release(self, done: Slice) -> None:

@@ -27,6 +27,7 @@ from imager.repository.format import (
     MAX_SMALL_JSON,
     PACK_TARGET,
     PACKS,
+    REVOKED,
     SESSIONS,
     SETS,
     SLOTS,
@@ -42,7 +43,7 @@ from imager.storage.errors import AlreadyExists, NotFound, StorageError, refusal
 
 Origin = tuple[str, int, int]
 "Object name of a pack, offset and length of a record in it."
-_SMALL = {"slot": SLOTS, "epoch": EPOCHS, "session": SESSIONS, "set": SETS}
+_SMALL = {"slot": SLOTS, "epoch": EPOCHS, "revocation": REVOKED, "session": SESSIONS, "set": SETS}
 
 
 @dataclass(slots=True)

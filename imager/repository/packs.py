@@ -145,6 +145,7 @@ class PackAccess(ABC):
                     self._pinned[number] = self._pinned.get(number, 0) + 1
                     try:
                         pinned[number] = self.pack_reader(number)
+                        self.require_key(number, pinned[number][1])
                     except BaseException:
                         self._unpin(number)
                         raise
@@ -200,7 +201,17 @@ class PackAccess(ABC):
 
     def pack_keys(self, number: int, kind: int = KIND_DATA) -> Sequence[int | None]:
         """The handles of a pack's session keys. Raises as `pack_reader` does."""
-        return self.pack_reader(number, kind)[1] if self.storage.local else self.locate(number, kind).keys
+        found = self.pack_reader(number, kind)[1] if self.storage.local else self.locate(number, kind).keys
+        self.require_key(number, found)
+        return found
+
+    def require_key(self, number: int, keys: Sequence[int | None]) -> None:
+        """Raises `WrongKey` where a pack's records are encrypted and none of its keys is held."""
+        if keys and all(key is None for key in keys):
+            raise WrongKey(
+                f"this key does not open {self.pack_label(number)}",
+                hint="use a key that reads (imager key list), made after the last rotation",
+            )
 
     def locate(self, number: int, kind: int = KIND_DATA) -> Located:
         """Find a far pack and read its head. Raises `IntegrityError`, `WrongKey`, `StorageError`."""

@@ -9,7 +9,7 @@ is left alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from imager.errors import UsageError
@@ -123,6 +123,28 @@ class PrunePlan:
         lines += [f"declare dead: {who}" for who in self.fence]
         lines += [f"still without an outcome: {who}" for who in self.waiting]
         return lines
+
+
+@dataclass(frozen=True, slots=True)
+class PruneSummary:
+    """What a prune came to. Sizes in bytes; `bytes_read`, `bytes_written`: of packs that were rewritten.
+
+    `condemned`: packs that are condemned and still there; `waiting`: sessions whose end they wait for.
+    """
+
+    packs_deleted: int
+    packs_rewritten: int
+    packs_written: int
+    bytes_deleted: int
+    bytes_read: int
+    bytes_written: int
+    pages: int
+    bytes_of_pages: int
+    condemned: int
+    waiting: tuple[str, ...]
+    fenced: tuple[str, ...]
+    damaged: tuple[str, ...]
+    seconds: float
 
 
 def _packs(number: int) -> str:

@@ -370,10 +370,13 @@ class Repository(PackAccess):
             )
 
     def _handles_of(self, envelopes: Sequence[bytes]) -> tuple[int | None, ...]:
-        if self.sealed and not self.secrets.epochs:
-            # Who reads nothing follows public parts, and opens what was written just now.
+        try:
+            return super()._handles_of(envelopes)
+        except WrongKey:
+            if not self.sealed:
+                raise
+            # Who cannot read follows public parts all the same; `pack_keys` and `packs` refuse to open.
             return tuple(self._handles.get(envelope) for envelope in envelopes)
-        return super()._handles_of(envelopes)
 
     def session_key(self, envelope: bytes) -> int:
         """The vault's handle of an envelope's session key. Raises `WrongKey`, `IntegrityError`."""

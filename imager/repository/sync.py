@@ -18,7 +18,7 @@ from imager.errors import IntegrityError, Locked
 from imager.events import Reporter
 from imager.repository import absent, index, sync_objects, sync_plan
 from imager.repository.announce import Announcement
-from imager.repository.format import CONFIG, EPOCHS, MAPS, SESSIONS, SETS, SLOTS
+from imager.repository.format import CONFIG, EPOCHS, MAPS, REVOKED, SESSIONS, SETS, SLOTS
 from imager.repository.manifest import MAX_MANIFEST, is_abort_mark, is_sealed
 from imager.repository.repository import Repository
 from imager.repository.sync_plan import Refused, SyncPlan, Wishes, plan
@@ -158,14 +158,14 @@ def execute(
 
 
 def _create(source: Repository, target: Storage, done: _Done) -> None:
-    """Make the target a repository: slots and epochs first, the config last, as init does."""
+    """Make the target a repository: slots, epochs and revocations first, the config last, as init does."""
     from imager.repository.repository import refuse_used
 
     refuse_used(target)
     raw = source.storage.read(CONFIG)
     with target.initializing():
         refuse_used(target)
-        for prefix in (SLOTS, EPOCHS):
+        for prefix in (SLOTS, EPOCHS, REVOKED):
             for name in source.storage.list_names(prefix):
                 _object(source, target, name, done)
         target.create(CONFIG, raw)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from imager.repository import keys, manifest, tombstones
-from imager.repository.format import EPOCHS, FORGOTTEN, SESSIONS, SETS, SLOTS, is_id
+from imager.repository import keys, manifest, tombstones, writers
+from imager.repository.format import EPOCHS, FORGOTTEN, REVOKED, SESSIONS, SETS, SLOTS, is_id
 from imager.repository.manifest import MAX_MANIFEST
 from imager.repository.repository import Repository
 
@@ -31,10 +31,10 @@ def not_forgotten(planning: Planning, new: list[str], wishes: Wishes) -> tuple[l
 
 
 def lacking(planning: Planning, new: Sequence[str], present: Sequence[str]) -> tuple[list[str], set[str]]:
-    """Slots, epochs, abort marks, tombstones and announcements that the target lacks; ids with tombstones."""
+    """Small objects that the target lacks, in the order of copying; ids of sets with tombstones."""
     source, target = planning.source, planning.target
     found: list[str] = []
-    for prefix in (SLOTS, EPOCHS):
+    for prefix in (SLOTS, EPOCHS, REVOKED):
         there = set() if planning.creates else set(target.list_names(prefix))
         found += sorted(set(source.storage.list_names(prefix)) - there)
     marks = {name.removeprefix(SETS) for name in source.storage.list_names(SETS)} - set(planning.publics)
@@ -69,11 +69,13 @@ def notes(planning: Planning) -> Iterable[str]:
 
 
 def verify_small(source: Repository, name: str, raw: bytes) -> None:
-    """Check a slot, an epoch or a tombstone before it is copied. Raises `IntegrityError`."""
+    """Check a slot, an epoch, a revocation or a tombstone before it is copied. Raises `IntegrityError`."""
     own = name.rpartition("/")[2]
     if name.startswith(SLOTS):
         keys.parse_slot(raw, own, source.id)
     elif name.startswith(EPOCHS):
         keys.parse_epoch(raw, own, source.id, bytes.fromhex(source.config.verify_key))
+    elif name.startswith(REVOKED):
+        writers.parse_revocation(raw, own, source.id, bytes.fromhex(source.config.verify_key))
     elif name.startswith(FORGOTTEN):
         tombstones.read_tombstone(source, own)

@@ -256,7 +256,7 @@ def test_blocks_of_a_lost_pack_are_stored_again(
     assert third.base == second.set
     assert any("damaged or missing" in warning for warning in reporter.warnings)
     assert third.images[0].blocks_new == 1023  # all but the one that the second set had stored
-    whole_but_for(place, third, pack)
+    whole_but_for(place, third, pack if loss != "set aside" else None)
     place.gives(third.set, {"image": image.read_bytes()})
     # It is known now, and costs the next one nothing.
     fourth = place.backup(image, name="d", **maps_of(tmp_path, how, overwrite(image, [3], 4)))
@@ -266,10 +266,16 @@ def test_blocks_of_a_lost_pack_are_stored_again(
     place.gives(fourth.set, {"image": image.read_bytes()})
 
 
-def whole_but_for(place: Workbench, one: BackupSummary, pack: Path) -> None:
-    """`check` names the lost pack and the sets that it hurts, and `one` is not among them."""
+def whole_but_for(place: Workbench, one: BackupSummary, pack: Path | None) -> None:
+    """`check` names the lost pack and the sets that it hurts, and `one` is not among them.
+
+    `pack` None: what was damaged in it is stored anew, and the rest of it is as good as ever.
+    """
     with place.open() as repository:
         found = check(repository, Silent(), read_data="all")
+    if pack is None:
+        assert not found.problems
+        return
     (problem,) = found.problems
     assert problem.object.endswith(pack.name)
     assert problem.hurt and one.set not in {hurt.set for hurt in problem.hurt}
@@ -307,8 +313,13 @@ def test_a_damaged_page_of_the_base(
     assert any("damaged" in warning for warning in reporter.warnings)
     assert second.images[0].blocks_new == (1 if extents else 0), "blocks are found by the index"
     with place.open() as repository:
-        (problem,) = check(repository, Silent()).problems
-        assert {hurt.set for hurt in problem.hurt} == {first.set}
+        problems = check(repository, Silent()).problems
+    if how == "empty map" and (level, index) == (1, 0):
+        # The same page was written again: the first set finds it by its id.
+        assert not problems
+        place.gives(first.set, {"image": image.read_bytes()})
+    else:
+        assert {hurt.set for problem in problems for hurt in problem.hurt} == {first.set}
     place.gives(second.set, {"image": image.read_bytes()})
 
 

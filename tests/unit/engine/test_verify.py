@@ -33,14 +33,14 @@ def test_whole(repository: Repository, writer: Writer, size: int) -> None:
     assert summary.blocks * 4096 >= summary.bytes >= summary.blocks * 4096 - 2 * 4095
     assert summary.bytes <= 2 * size
     msgspec.json.encode(summary)
-    kept = verified.last(repository.id.hex(), manifest.id)
+    kept = verified.last(repository.place, manifest.id)
     assert kept is not None and kept.ok and kept.bytes == summary.bytes
 
 
 def test_one_disk_alone_is_not_the_set(plain: Repository, plain_writer: Writer) -> None:
     manifest = plain_writer.store({"sda": content(MIB), "sdb": content(MIB, seed=2)})
     assert check(plain, "disk:sdb").disks == ("sdb",)
-    assert verified.last(plain.id.hex(), manifest.id) is None
+    assert verified.last(plain.place, manifest.id) is None
 
 
 def test_damaged_blocks_are_named(repository: Repository, writer: Writer) -> None:
@@ -57,7 +57,7 @@ def test_damaged_blocks_are_named(repository: Repository, writer: Writer) -> Non
     assert all(one.disk == "sda" and one.pack == writer.packs[-1] for one in summary.damage)
     assert all(one.reason for one in summary.damage)
     assert summary.damaged_bytes == 4 * 4096
-    kept = verified.last(repository.id.hex(), other.id)
+    kept = verified.last(repository.place, other.id)
     assert kept is not None and not kept.ok and kept.damaged == 4 * 4096
     assert check(repository, manifest.id).ok
 
