@@ -39,8 +39,6 @@ from imager.storage.errors import AlreadyExists, Gone, NotFound
 __all__ = ["Prune", "PruneOptions", "PrunePlan", "PruneSummary"]
 
 _MOST_SOURCES = 128
-_BATCH = 1 << 30
-"Bytes that are copied before what they came from is condemned: so much a kill can cost."
 _ROUNDS = 3
 "How often a prune looks again where others change what it saw; then it leaves the rest to the next."
 
@@ -239,7 +237,7 @@ class Prune:
         self._condemn(plan.drop)
         waiting, left = self._sweep()
         moved = 0
-        for batch in _batches(plan.rewrite):
+        for batch in prune_plan.batches(plan.rewrite):
             minutes = self.options.max_minutes
             if minutes is not None and time.monotonic() - begun > minutes * 60:
                 break
@@ -507,16 +505,3 @@ class Prune:
             raise
         except StorageError:
             pass  # Staged files hurt nobody; a backup removes them too.
-
-
-def _batches(packs: Sequence[Pack]) -> list[list[Pack]]:
-    """Packs to rewrite in turn; each batch is condemned when it is copied."""
-    batches: list[list[Pack]] = []
-    size = _BATCH
-    for pack in packs:
-        if size >= _BATCH:
-            batches.append([])
-            size = 0
-        batches[-1].append(pack)
-        size += pack.live
-    return batches

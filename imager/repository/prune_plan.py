@@ -9,7 +9,7 @@ is left alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from imager.errors import UsageError
@@ -31,6 +31,8 @@ from imager.units import format_size, parse_size
 _SHARE = re.compile(r"(\d+(?:\.\d+)?)%")
 _HEAD = 64
 "Bytes of a pack's header before its envelopes: session and length are among them."
+_BATCH = 1 << 30
+"Bytes that are copied before what they came from is condemned: so much a kill can cost."
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,3 +253,16 @@ def describe_damage(damaged: Mapping[str, str], marked: Marked) -> list[str]:
     """What keeps a prune from knowing what lives, in lines."""
     lines = [f"image set {set_id}: {reason}" for set_id, reason in sorted(damaged.items())]
     return lines + [f"image set {set_id}: {reason}" for set_id, reason in sorted(set(marked.damage))]
+
+
+def batches(packs: Sequence[Pack]) -> list[list[Pack]]:
+    """Packs to rewrite in turn; each batch is condemned when it is copied."""
+    batches: list[list[Pack]] = []
+    size = _BATCH
+    for pack in packs:
+        if size >= _BATCH:
+            batches.append([])
+            size = 0
+        batches[-1].append(pack)
+        size += pack.live
+    return batches
