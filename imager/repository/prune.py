@@ -30,7 +30,7 @@ from imager.repository.format import (
     pack_object,
 )
 from imager.repository.marking import Marked, Marker, View, look
-from imager.repository.prune_plan import Pack, PruneOptions, PrunePlan, describe_damage
+from imager.repository.prune_plan import Pack, PruneOptions, PrunePlan, PruneSummary, describe_damage
 from imager.repository.repository import Repository
 from imager.repository.session import writing_failed
 from imager.repository.sessions import Condemnation
@@ -41,28 +41,6 @@ __all__ = ["Prune", "PruneOptions", "PrunePlan", "PruneSummary"]
 _MOST_SOURCES = 128
 _ROUNDS = 3
 "How often a prune looks again where others change what it saw; then it leaves the rest to the next."
-
-
-@dataclass(frozen=True, slots=True)
-class PruneSummary:
-    """What a prune came to. Sizes in bytes; `bytes_read`, `bytes_written`: of packs that were rewritten.
-
-    `condemned`: packs that are condemned and still there; `waiting`: sessions whose end they wait for.
-    """
-
-    packs_deleted: int
-    packs_rewritten: int
-    packs_written: int
-    bytes_deleted: int
-    bytes_read: int
-    bytes_written: int
-    pages: int
-    bytes_of_pages: int
-    condemned: int
-    waiting: tuple[str, ...]
-    fenced: tuple[str, ...]
-    damaged: tuple[str, ...]
-    seconds: float
 
 
 @dataclass(slots=True)

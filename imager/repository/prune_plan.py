@@ -1,4 +1,4 @@
-"""What a prune is going to do: which packs go, which are rewritten, and who is waited for.
+"""What a prune is going to do, and came to: which packs go, which are rewritten, who is waited for.
 
 Invariant: a pack is dropped only if nothing that lives is in it, and rewritten
 only if that is worth its bytes: the packs with the largest unused share first, until
@@ -123,6 +123,28 @@ class PrunePlan:
         lines += [f"declare dead: {who}" for who in self.fence]
         lines += [f"still without an outcome: {who}" for who in self.waiting]
         return lines
+
+
+@dataclass(frozen=True, slots=True)
+class PruneSummary:
+    """What a prune came to. Sizes in bytes; `bytes_read`, `bytes_written`: of packs that were rewritten.
+
+    `condemned`: packs that are condemned and still there; `waiting`: sessions whose end they wait for.
+    """
+
+    packs_deleted: int
+    packs_rewritten: int
+    packs_written: int
+    bytes_deleted: int
+    bytes_read: int
+    bytes_written: int
+    pages: int
+    bytes_of_pages: int
+    condemned: int
+    waiting: tuple[str, ...]
+    fenced: tuple[str, ...]
+    damaged: tuple[str, ...]
+    seconds: float
 
 
 def _packs(number: int) -> str:
