@@ -1,4 +1,4 @@
-"""What a prune is going to do: which packs go, which are rewritten, and who is waited for.
+"""What a prune is going to do, and came to: which packs go, which are rewritten, who is waited for.
 
 Invariant: a pack is dropped only if nothing that lives is in it, and rewritten
 only if that is worth its bytes: the packs with the largest unused share first, until
