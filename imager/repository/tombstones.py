@@ -27,7 +27,7 @@ from imager.repository.format import (
     shape,
     tombstone_message,
 )
-from imager.repository.manifest import Manifest
+from imager.repository.manifest import Manifest, is_abort_mark
 from imager.repository.repository import Repository
 from imager.storage.errors import AlreadyExists, NotFound
 
@@ -127,8 +127,15 @@ def digests(repository: Repository) -> Callable[[str], str | None]:
 
 
 def exists(repository: Repository) -> Callable[[str], bool]:
-    """A function that tells whether something is at a set's place now."""
-    return lambda set_id: repository.storage.exists(SETS + set_id)
+    """A function that tells whether a manifest (no abort mark) is at a set's place now."""
+
+    def there(set_id: str) -> bool:
+        try:
+            return not is_abort_mark(repository.storage.read(SETS + set_id, 0, 8))
+        except NotFound:
+            return False
+
+    return there
 
 
 # --- pins ---------------------------------------------------------------------------------

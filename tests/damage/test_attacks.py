@@ -421,8 +421,10 @@ def nothing_opens(scene: Scene, fresh: Manifest) -> None:
 def test_he_reads_no_block_of_others_nor_his_own(scene: Scene) -> None:
     with scene.open(MINE) as repository:
         for name in repository.pack_names(KIND_DATA):
-            with pytest.raises(WrongKey, match="not read what is stored"):
-                repository.pack_reader(repository.names.intern(name))
+            number = repository.names.intern(name)
+            assert not any(repository.pack_reader(number)[1])
+            with pytest.raises(WrongKey, match="does not open"), repository.packs([number]):
+                pass
             fd = repository.storage.open(pack_object(KIND_DATA, name))
             envelopes = _native.pack_envelopes(read_header(fd), repository.id)
             os.close(fd)
