@@ -87,8 +87,8 @@ def _v1(raw: bytes, version: str, at: int) -> Member | None:
         events=events,
         chunk=chunk * _SECTOR,
         layout=layout,
-        data_offset=data_offset * _SECTOR,
-        data_size=(data_size or per_device) * _SECTOR,
+        data_offset=_bytes(data_offset),
+        data_size=_bytes(data_size or per_device),
         superblock_at=at * _SECTOR,
         device_uuid=_colons(device_uuid),
         clean=resync == (1 << 64) - 1 and not (features & 2),
@@ -135,6 +135,11 @@ def _v0(raw: bytes, at: int) -> Member | None:
         features=0,
         whole=((total & 0xFFFFFFFF) + (total >> 32)) & 0xFFFFFFFF == words[38],
     )
+
+
+def _bytes(sectors: int) -> int:
+    """A number that cannot be is cut to the largest that a device may have."""
+    return min(sectors * _SECTOR, (1 << 63) - 1)
 
 
 def _level(number: int) -> str:

@@ -150,7 +150,7 @@ def _gpt(read: Read, size: int, sector: int, mbr: bytes, signed: bool) -> Partit
     if signed and len(beside) == len(entries):
         kind = "plain" if entries else "none"
         found.problems.append("there is a GPT, but its MBR does not protect it")
-    usable = (table.first * sector, (table.last + 1) * sector)
+    usable = (min(table.first * sector, size), min((table.last + 1) * sector, size))
     state = "only" if primary is None else _compare(primary, backup, read(at * sector, 8))
     if state not in ("equal", "only"):
         found.problems.append(f"the backup GPT at the disk's end is {_STATES[state]}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 from dataclasses import dataclass
+from typing import Protocol
 
 _PAGE = 4096
 LIMIT = 64 << 20
@@ -51,3 +52,42 @@ class Window:
         """The window `[start, start + size)` of this one, cut where this one ends."""
         begin = min(max(start, 0), self.size)
         return Window(self.fd, self.start + begin, max(0, min(size, self.size - begin)))
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Several windows as one, in their order: a logical volume in pieces, say."""
+
+    parts: tuple[Window, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all of them."""
+        return sum(part.size for part in self.parts)
+
+    def read(self, at: int, length: int) -> bytes:
+        """As `Window.read`."""
+        if at < 0 or length <= 0 or length > LIMIT:
+            return b""
+        out = []
+        for part in self.parts:
+            if length and at < part.size:
+                out.append(part.read(at, min(length, part.size - at)))
+                length -= len(out[-1])
+                at = 0
+            else:
+                at -= part.size
+            if not length:
+                break
+        return b"".join(out)
+
+
+class Readable(Protocol):
+    """A window, in one piece or in several."""
+
+    @property
+    def size(self) -> int:
+        """How many bytes it has."""
+
+    def read(self, at: int, length: int) -> bytes:
+        """As `Window.read`."""

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from imager import __version__, _native
 from imager._native import DATA, ZERO, Slots
@@ -29,6 +30,7 @@ from imager.engine.backup_plan import (
     plan,
 )
 from imager.engine.imaging import Figures, Imaged, Imaging, Settings, read_failed
+from imager.engine import layouts
 from imager.engine.source import Opened, SourcePlan, open_source
 from imager.errors import ImagerError
 from imager.events import Reporter
@@ -124,6 +126,7 @@ class _Lane:
     elsewhere: int | None
     change_source: str
     sampled: int = 0
+    layout: dict[str, Any] | None = None
     imaging: Imaging | None = None
     imaged: Imaged | None = None
     error: BaseException | None = None
@@ -173,7 +176,8 @@ def _lane(
         wanted |= unread.clip(opened.size).blocks(plan.block_size)
         if lost and lost != plan.base_manifest.content.lost:
             wanted |= missing.blocks(repository, base)
-    return _Lane(source, opened, base, wanted, elsewhere, changes.source, sampled)
+    layout = layouts.capture(source, opened)
+    return _Lane(source, opened, base, wanted, elsewhere, changes.source, sampled, layout)
 
 
 def _changes(
@@ -314,6 +318,7 @@ def _run(
                 block_size=plan.block_size,
                 unreadable=lane.imaged.unreadable,
                 source=_identity(lane.source),
+                layout=lane.layout,
             )
         )
     index.write_segment(session, known)

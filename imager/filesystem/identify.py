@@ -14,11 +14,12 @@ from __future__ import annotations
 import struct
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from imager.device.window import Window
+from imager.device.window import Readable
 from imager.filesystem import swap
 
+_MOST = (1 << 63) - 1
 _FOLDER = 64 << 10
 """So much of a root folder is searched for a label."""
 
@@ -38,7 +39,7 @@ class Filesystem:
     devices: int = 1
 
 
-def identify(window: Window) -> Filesystem | None:
+def identify(window: Readable) -> Filesystem | None:
     """The filesystem that fills a window; None where none is known. Raises `OSError`."""
     for reader in _READERS:
         try:
@@ -46,11 +47,11 @@ def identify(window: Window) -> Filesystem | None:
         except struct.error:  # cut short
             continue
         if found is not None:
-            return found
+            return replace(found, size=min(found.size, _MOST)) if found.size > _MOST else found
     return None
 
 
-def _ext(window: Window) -> Filesystem | None:
+def _ext(window: Readable) -> Filesystem | None:
     raw = window.read(1024, 1024)
     if raw[56:58] != b"\x53\xef" or len(raw) < 1024:
         return None
@@ -71,7 +72,7 @@ def _ext(window: Window) -> Filesystem | None:
     return Filesystem(kind, _text(raw[120:136]), _uuid(raw[104:120]), block, (high << 32 | low) * block)
 
 
-def _xfs(window: Window) -> Filesystem | None:
+def _xfs(window: Readable) -> Filesystem | None:
     raw = window.read(0, 512)
     if raw[:4] != b"XFSB":
         return None
@@ -79,7 +80,7 @@ def _xfs(window: Window) -> Filesystem | None:
     return Filesystem("xfs", _text(raw[108:120]), _uuid(raw[32:48]), block, blocks * block)
 
 
-def _btrfs(window: Window) -> Filesystem | None:
+def _btrfs(window: Readable) -> Filesystem | None:
     raw = window.read(0x10000, 4096)
     if raw[64:72] != b"_BHRfS_M":
         return None
@@ -88,7 +89,7 @@ def _btrfs(window: Window) -> Filesystem | None:
     return Filesystem("btrfs", _text(raw[0x12B : 0x12B + 256]), _uuid(raw[32:48]), sector, size, devices)
 
 
-def _fat(window: Window) -> Filesystem | None:
+def _fat(window: Readable) -> Filesystem | None:
     raw = window.read(0, 512)
     if raw[510:] != b"\x55\xaa" or raw[0] not in (0xE9, 0xEB) or raw[3:11] in (b"NTFS    ", b"EXFAT   "):
         return None
@@ -125,7 +126,7 @@ def _fat_label(folder: bytes) -> bytes:
     return b""
 
 
-def _exfat(window: Window) -> Filesystem | None:
+def _exfat(window: Readable) -> Filesystem | None:
     raw = window.read(0, 512)
     if raw[3:11] != b"EXFAT   " or raw[510:] != b"\x55\xaa":
         return None
@@ -146,7 +147,7 @@ def _exfat(window: Window) -> Filesystem | None:
     return Filesystem("exfat", label, number, 1 << cluster, size)
 
 
-def _ntfs(window: Window) -> Filesystem | None:
+def _ntfs(window: Readable) -> Filesystem | None:
     raw = window.read(0, 512)
     if raw[3:11] != b"NTFS    " or raw[510:] != b"\x55\xaa":
         return None
@@ -177,14 +178,14 @@ def _ntfs_label(record: bytes) -> str | None:
     return None
 
 
-def _squashfs(window: Window) -> Filesystem | None:
+def _squashfs(window: Readable) -> Filesystem | None:
     raw = window.read(0, 96)
     if raw[:4] != b"hsqs" or struct.unpack_from("<H", raw, 28)[0] != 4:
         return None
     return Filesystem("squashfs", None, None, *struct.unpack_from("<I24xQ", raw, 12))
 
 
-def _iso(window: Window) -> Filesystem | None:
+def _iso(window: Readable) -> Filesystem | None:
     raw = window.read(32768, 2048)
     if raw[:6] != b"\x01CD001" or len(raw) < 2048:
         return None
@@ -198,7 +199,7 @@ def _iso(window: Window) -> Filesystem | None:
     return Filesystem("iso9660", label, number, block, blocks * block)
 
 
-def _swap(window: Window) -> Filesystem | None:
+def _swap(window: Readable) -> Filesystem | None:
     found = swap.read_header(window)
     if found is None:
         return None
@@ -214,6 +215,6 @@ def _uuid(raw: bytes) -> str | None:
     return str(uuid.UUID(bytes=raw)) if len(raw) == 16 and any(raw) else None
 
 
-_READERS: tuple[Callable[[Window], Filesystem | None], ...] = (
+_READERS: tuple[Callable[[Readable], Filesystem | None], ...] = (
     *(_xfs, _btrfs, _squashfs, _ext, _ntfs, _exfat, _iso, _swap, _fat),
 )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from imager.device.window import Window
+from imager.device.window import Readable, Window
 from imager.extents import Extents
 from imager.filesystem.used import Unknown, Used
 
@@ -33,7 +33,7 @@ class Header:
     suspended: bool
 
 
-def read_header(window: Window) -> Header | None:
+def read_header(window: Readable) -> Header | None:
     """The header of swap space, of whatever page size; None where there is none. Raises `OSError`."""
     for page in _PAGES:
         raw = window.read(0, page)
