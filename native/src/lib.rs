@@ -2,7 +2,7 @@
 //!
 //! Plain Rust below, the border to Python in `py`. One direction: `py` calls
 //! `scan`, `fetch`, `compare`, which use `pack`, `record`, `page`, `known`,
-//! `index`, which use `codec`, `crypto`, `digest`, `io`.
+//! `index`, which use `codec`, `crypto`, `digest`, `io`. Beside them `fs` reads the allocation maps of filesystems.
 
 pub mod bytes;
 pub mod codec;
@@ -11,6 +11,7 @@ pub mod crypto;
 pub mod digest;
 pub mod error;
 pub mod fetch;
+pub mod fs;
 pub mod gather;
 pub mod index;
 pub mod io;

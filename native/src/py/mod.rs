@@ -2,6 +2,7 @@
 
 mod digests;
 mod errors;
+mod fs;
 mod known;
 mod packs;
 mod seals;
@@ -22,5 +23,6 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     slots::register(m)?;
     packs::register(m)?;
     known::register(m)?;
-    work::register(m)
+    work::register(m)?;
+    fs::register(m)
 }
