@@ -15,7 +15,7 @@ from imager.filesystem.used import Unknown, Used
 if TYPE_CHECKING:
     from imager.filesystem.used import Reader
 
-KINDS = ("fat", "exfat", "ntfs", "swap", "lvm", "luks", "raid")
+KINDS = ("ext", "xfs", "btrfs", "fat", "exfat", "ntfs", "swap", "lvm", "luks", "raid")
 "Modules of this package that are readers (`used.Reader`)."
 
 

@@ -8,14 +8,21 @@
 use std::fmt;
 
 pub mod bits;
+pub mod btrfs;
+pub mod btrfs_tree;
 pub mod collect;
 pub mod disk;
 pub mod exfat;
+pub mod ext;
+pub mod ext_layout;
 pub mod fat;
 #[cfg(test)]
 mod memory;
 pub mod ntfs;
 pub mod ntfs_record;
+pub mod sums;
+pub mod xfs;
+pub mod xfs_log;
 
 use disk::{Disk, ReadAt};
 
@@ -49,6 +56,12 @@ pub struct Used {
 /// The kinds of filesystem that have a reader here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
+    /// ext2, ext3, ext4.
+    Ext,
+    /// XFS.
+    Xfs,
+    /// btrfs.
+    Btrfs,
     /// FAT12, FAT16, FAT32.
     Fat,
     /// exFAT.
@@ -61,6 +74,9 @@ impl Kind {
     /// By the name that Python uses.
     pub fn from_name(name: &str) -> Option<Self> {
         match name {
+            "ext" => Some(Self::Ext),
+            "xfs" => Some(Self::Xfs),
+            "btrfs" => Some(Self::Btrfs),
             "fat" => Some(Self::Fat),
             "exfat" => Some(Self::Exfat),
             "ntfs" => Some(Self::Ntfs),
@@ -72,6 +88,9 @@ impl Kind {
 /// The common name of the filesystem, where its magic stands.
 pub fn probe<R: ReadAt>(kind: Kind, disk: &Disk<R>) -> Option<&'static str> {
     match kind {
+        Kind::Ext => ext::probe(disk),
+        Kind::Xfs => xfs::probe(disk),
+        Kind::Btrfs => btrfs::probe(disk),
         Kind::Fat => fat::probe(disk),
         Kind::Exfat => exfat::probe(disk),
         Kind::Ntfs => ntfs::probe(disk),
@@ -84,10 +103,15 @@ pub fn probe<R: ReadAt>(kind: Kind, disk: &Disk<R>) -> Option<&'static str> {
 /// written to, meanwhile has no map.
 pub fn used<R: ReadAt>(kind: Kind, disk: &Disk<R>) -> Sure<Used> {
     let (offset, length) = match kind {
-        Kind::Fat | Kind::Exfat | Kind::Ntfs => (0, 512),
+        Kind::Ext => (1024, 1024),
+        Kind::Xfs | Kind::Fat | Kind::Exfat | Kind::Ntfs => (0, 512),
+        Kind::Btrfs => (0x10000, 4096),
     };
     let before = disk.read(offset, length)?;
     let used = match kind {
+        Kind::Ext => ext::used(disk),
+        Kind::Xfs => xfs::used(disk),
+        Kind::Btrfs => btrfs::used(disk),
         Kind::Fat => fat::used(disk),
         Kind::Exfat => exfat::used(disk),
         Kind::Ntfs => ntfs::used(disk),
