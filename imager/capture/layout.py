@@ -29,10 +29,11 @@ _ESP, _BIOS_BOOT = "c12a7328-f81f-11d2-ba4b-00a0c93ec93b", "21686148-6449-6e6f-7
 class Volume:
     """A partition, a logical volume, or a whole disk without partitions, and what it holds.
 
-    `name`: the partition's number, `group/volume`, or "". `start`: its first byte on the disk, None for a
-    logical volume in several pieces; `size`: in bytes. `kind`: as blkid names it (ext4, vfat, swap, LVM2_member,
-    crypto_LUKS, linux_raid_member ...), "" where nothing known is there. `used`: bytes in use, None where every
-    byte counts as used, and `why` says why. `volumes`: the logical volumes on it.
+    `name`: the partition's number, `group/volume`, or "". `start`: its first byte on the disk, None
+    for a logical volume in several pieces; `size`: in bytes. `kind`: as blkid names it (ext4, vfat,
+    swap, LVM2_member, crypto_LUKS, linux_raid_member ...), "" where nothing known is there. `used`:
+    bytes in use, None where every byte counts as used, and `why` says why. `volumes`: the logical
+    volumes on it.
     """
 
     name: str
@@ -54,9 +55,9 @@ class Volume:
 class Layout:
     """What a disk held when it was imaged. Sizes in bytes.
 
-    `sector`: its logical sector. `boot`: how it can be started, as far as its own structures tell (uefi, bios).
-    `firmware`: how the machine that it was in was started, and `entries` that firmware's boot entries, where the
-    disk is one of the running system; else None and none.
+    `sector`: its logical sector. `boot`: how it can be started, as far as its own structures tell
+    (uefi, bios). `firmware`: how the machine that it was in was started, and `entries` that firmware's
+    boot entries, where the disk is one of the running system; else None and none.
     """
 
     version: int
@@ -83,13 +84,19 @@ class Place:
 
 
 def read_layout(
-    fd: int, size: int, sector: int | None, place: Place | None = None, *, maps: bool = False, look: bool = False
+    fd: int,
+    size: int,
+    sector: int | None,
+    place: Place | None = None,
+    *,
+    maps: bool = False,
+    look: bool = False,
 ) -> Layout:
     """The layout of the disk or image that `fd` is open on.
 
-    `sector`: its logical sector, None where that is not known (a file). `maps`: have the used-block maps made,
-    for `used`. `look`: find out what system is installed, which starts other programs. Never raises for
-    what stands there.
+    `sector`: its logical sector, None where that is not known (a file). `maps`: have the used-block
+    maps made, for `used`. `look`: find out what system is installed, which starts other programs. Never
+    raises for what stands there.
     """
     where = place or Place()
     disk = Window(fd, 0, size)
@@ -100,6 +107,7 @@ def read_layout(
     except OSError as error:
         problems.append(f"the partition table cannot be read: {error.strerror}")
     reader = _Reader(disk, table.sector if table else sector or 512, where, maps, look)
+    volumes: tuple[Volume, ...]
     if table is None:
         volumes = (reader.volume("", Window(fd, 0, size)),)
     else:
@@ -148,28 +156,27 @@ class _Reader:
             return replace(bare, problems=(f"it cannot be read: {error.strerror}",))
 
     def _identified(self, bare: Volume, window: Readable, start: int | None) -> Volume:
-        """A RAID member may look like the filesystem in it, and LVM leaves old signatures: so they come first."""
+        """RAID members look like the filesystem in them, and LVM leaves old signatures: they come first."""
         member = md.read_member(window.read, window.size)
         if member is not None:
-            problems = () if member.whole else ("the checksum of its RAID superblock is wrong",)
-            return replace(bare, kind="linux_raid_member", raid=member, problems=problems)
+            wrong = () if member.whole else ("the checksum of its RAID superblock is wrong",)
+            return replace(bare, kind="linux_raid_member", raid=member, problems=wrong)
         if luks.has_magic(window.read(0, 8)):
             header = luks.read_luks(window.read, window.size)
-            problems = header.problems if header else ("its LUKS header is damaged, and so is its copy",)
-            return replace(bare, kind="crypto_LUKS", luks=header, problems=problems)
+            found = header.problems if header else ("its LUKS header is damaged, and so is its copy",)
+            return replace(bare, kind="crypto_LUKS", luks=header, problems=found)
         physical = lvm.read_physical(window.read, window.size)
         if physical is not None:
             return replace(bare, kind="LVM2_member", lvm=_short(physical), problems=physical.problems)
         filesystem = identify(window)
         if filesystem is None:
             return bare
-        problems = []
-        if filesystem.size > window.size:
-            problems.append(f"its filesystem is {filesystem.size - window.size} bytes larger than its place")
-        found = replace(bare, kind=filesystem.type, filesystem=filesystem, problems=tuple(problems))
+        beyond = filesystem.size - window.size
+        problems = (f"its filesystem is {beyond} bytes larger than its place",) if beyond > 0 else ()
+        volume = replace(bare, kind=filesystem.type, filesystem=filesystem, problems=problems)
         if self.look and start is not None:
-            return self._looked_into(found, filesystem, start)
-        return found
+            return self._looked_into(volume, filesystem, start)
+        return volume
 
     def _looked_into(self, found: Volume, filesystem: Filesystem, start: int) -> Volume:
         from imager.capture import files
@@ -225,7 +232,7 @@ def _pieces(
     volume: lvm.LogicalVolume, group: lvm.VolumeGroup, member: lvm.Member | None, window: Window
 ) -> tuple[Window, ...] | None:
     """Where a linear volume lies on this physical one; None where that is not all there is to it."""
-    out = []
+    out: list[Window] = []
     for segment in sorted(volume.segments, key=lambda one: one.start):
         if segment.type != "striped" or len(segment.pieces) != 1 or member is None:
             return None

@@ -51,13 +51,15 @@ def _table(table: Partitioning) -> Iterator[str]:
         place = "" if table.backup_at is None else f" (at byte {table.backup_at})"
         yield f"backup table: {table.backup}{place}"
     for entry in table.hybrid:
-        yield f"hybrid MBR entry {entry.number}: type {entry.type}, {format_size(entry.size)} at byte {entry.start}"
+        size = format_size(entry.size)
+        yield f"hybrid MBR entry {entry.number}: type {entry.type}, {size} at byte {entry.start}"
     for part in table.partitions:
         if part.container:
             yield f"extended partition {part.number}: {format_size(part.size)} at byte {part.start}"
     for gap in table.gaps:
         if gap.data:
-            yield f"no partition: {format_size(gap.size)} at byte {gap.start}, holding {format_size(gap.data)} or more"
+            held = f"holding {format_size(gap.data)} or more"
+            yield f"no partition: {format_size(gap.size)} at byte {gap.start}, {held}"
     yield from (f"PROBLEM: {problem}" for problem in table.problems)
 
 
@@ -79,13 +81,16 @@ def _content(volume: Volume) -> Iterator[str]:
         header = volume.luks
         slots = ", ".join(f"{slot.number} ({slot.kdf})" for slot in header.slots) or "none"
         label = f" {header.label!r}" if header.label else ""
-        yield f"LUKS{header.version}{label} {header.uuid}: {header.cipher}, {header.key_bits} bits, key slots {slots}"
+        how = f"{header.cipher}, {header.key_bits} bits, key slots {slots}"
+        yield f"LUKS{header.version}{label} {header.uuid}: {how}"
         if header.tokens:
             yield f"tokens: {', '.join(header.tokens)}"
     elif volume.lvm is not None:
         physical = volume.lvm
         group = physical.group
-        of = f" of group {group.name} ({len(group.members)} volumes, sequence {group.sequence})" if group else ""
+        of = ""
+        if group is not None:
+            of = f" of group {group.name} ({len(group.members)} volumes, sequence {group.sequence})"
         yield f"LVM physical volume {physical.uuid}{of}"
     else:
         yield volume.kind or "nothing that is known"

@@ -27,7 +27,8 @@ _LONGEST = 64 << 10
 class BootEntry:
     """An entry. `number`: four hexadecimal digits; `order`: its place in the boot order, None: not in it.
 
-    `partition`: the GUID of the partition (or the signature of the MBR) that it names; `path`: the file on it.
+    `partition`: the GUID of the partition (or the signature of the MBR) that it names; `path`: the file
+    on it.
     """
 
     number: str
@@ -55,7 +56,7 @@ def boot_entries(firmware: str = FIRMWARE) -> tuple[BootEntry, ...]:
     order = [f"{number:04X}" for (number,) in struct.iter_unpack("<H", raw[: len(raw) // 2 * 2])]
     raw = _variable(folder, f"BootCurrent-{_GLOBAL}") or b""
     current = f"{struct.unpack('<H', raw)[0]:04X}" if len(raw) == 2 else None
-    out = []
+    out: list[BootEntry] = []
     for name in names:
         match = _ENTRY.fullmatch(name)
         value = _variable(folder, name) if match else None
@@ -99,7 +100,8 @@ def _device_path(raw: bytes) -> tuple[str | None, str | None]:
             break
         if (kind, sub) == (4, 1) and len(body) >= 38:
             signature = body[20:36]
-            partition = guid_text(signature) if body[37] == 2 else f"{struct.unpack('<I', signature[:4])[0]:08x}"
+            number = struct.unpack("<I", signature[:4])[0]
+            partition = guid_text(signature) if body[37] == 2 else f"{number:08x}"
         elif (kind, sub) == (4, 4):
             path = (path or "") + body.decode("utf-16-le", errors="replace").split("\0")[0]
         at += length

@@ -61,7 +61,7 @@ class Luks:
 
 
 def read_luks(read: Read, size: int) -> Luks | None:
-    """The header on a device of `size` bytes; None where there is none that can be believed. Raises `OSError`."""
+    """The header on a device of `size` bytes; None where none can be believed. Raises `OSError`."""
     head = read(0, 592)
     if head[:8] == _MAGIC + b"\0\1" and len(head) >= 592:
         return _v1(head)

@@ -3,7 +3,8 @@
 Invariant: a label, a metadata header and a text are believed only where their
 checksums hold; every number from the text is bounded before it is used.
 
-Structures: lib/format_text/layout.h, lib/label/label.c, lib/misc/crc.c and lib/format_text/import_vsn1.c of LVM2.
+Structures: lib/format_text/layout.h, lib/label/label.c, lib/misc/crc.c and
+lib/format_text/import_vsn1.c of LVM2.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Area:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A place that a segment takes: `on` a physical volume (`pv0`) or another logical volume, from `extent`."""
+    """A place of a segment: `on` a physical volume (`pv0`) or another logical volume, from `extent`."""
 
     on: str
     extent: int
@@ -48,9 +49,10 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A run of a logical volume, in extents. `type`: striped (linear where it has one piece), mirror, raid1 ...
+    """A run of a logical volume, in extents.
 
-    `each`: how many extents it takes of each of its `pieces`. `refers`: other volumes by role (pool, metadata, origin).
+    `type`: striped (linear where it has one piece), mirror, raid1 ... `each`: how many extents it takes of
+    each of its `pieces`. `refers`: other volumes by role (pool, metadata, origin).
     """
 
     start: int
@@ -64,7 +66,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class LogicalVolume:
-    """A logical volume. `kind`: linear, striped, mirror, thin, thin-pool, snapshot, raid1 ... `size` in bytes."""
+    """A logical volume. `kind`: linear, striped, mirror, thin, thin-pool, raid1 ... `size` in bytes."""
 
     name: str
     uuid: str
@@ -256,7 +258,7 @@ def parse_group(text: str) -> VolumeGroup:
         for segment in volume.segments:
             stranger = next((piece.on for piece in segment.pieces if piece.on not in known), None)
             if stranger is not None:
-                raise ValueError(f"{volume.name} stands on {stranger!r}, which the metadata does not describe")
+                raise ValueError(f"{volume.name} stands on {stranger!r}, which is not described")
     return VolumeGroup(
         name, _text(body, "id"), _number(body, "seqno"), extent, _status(body), members, volumes
     )

@@ -100,7 +100,7 @@ def _v1(raw: bytes, version: str, at: int) -> Member | None:
 def _checksum_1(raw: bytes, most: int) -> int:
     length = 256 + 2 * most
     covered = raw[:216] + bytes(4) + raw[220:length]
-    total = sum(struct.unpack_from(f"<{length // 4}I", covered))
+    total: int = sum(struct.unpack_from(f"<{length // 4}I", covered))
     if length % 4:
         total += struct.unpack_from("<H", covered, length - 2)[0]
     return ((total & 0xFFFFFFFF) + (total >> 32)) & 0xFFFFFFFF

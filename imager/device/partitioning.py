@@ -170,7 +170,7 @@ def _gpt(read: Read, size: int, sector: int, mbr: bytes, signed: bool) -> Partit
         backup=state,
         backup_at=backup.at * sector if backup else None,
         gaps=tuple(_gaps(read, size, partitions, tables)),
-        problems=tuple((*found.problems, *_overlaps(partitions, size))),
+        problems=(*found.problems, *_overlaps(partitions, size)),
     )
 
 
@@ -268,7 +268,7 @@ def _dos(read: Read, size: int, sector: int, mbr: bytes) -> Partitioning | None:
         partitions=named,
         mbr="plain",
         gaps=tuple(_gaps(read, size, [p for p in named if not p.container], tables)),
-        problems=tuple((*problems, *_overlaps([p for p in named if not p.container], size))),
+        problems=(*problems, *_overlaps([p for p in named if not p.container], size)),
     )
 
 

@@ -20,6 +20,7 @@ from imager.changes.holes import Holes
 from imager.changes.provider import ZERO as ELSEWHERE_ZERO
 from imager.changes.provider import Base, Changes, Request, Unknown
 from imager.changes.scan import HashScan
+from imager.engine import layouts
 from imager.engine.backup_plan import (
     STRATEGIES,
     BackupOptions,
@@ -30,7 +31,6 @@ from imager.engine.backup_plan import (
     plan,
 )
 from imager.engine.imaging import Figures, Imaged, Imaging, Settings, read_failed
-from imager.engine import layouts
 from imager.engine.source import Opened, SourcePlan, open_source
 from imager.errors import ImagerError
 from imager.events import Reporter

@@ -32,7 +32,7 @@ def capture(source: SourcePlan, opened: Opened) -> dict[str, Any]:
 
 
 def _place(source: SourcePlan) -> Place:
-    """What the machine knows of a device: where its partitions are mounted, whether the system stands on it."""
+    """What is known of a device: where its partitions are mounted, whether the system stands on it."""
     from imager.capture.layout import Place
 
     if not source.identity.is_device:
@@ -63,7 +63,7 @@ def read(image: Image) -> Layout | None:
 
 @dataclass(frozen=True, slots=True)
 class Occupied:
-    """What an image has of a disk, in bytes. `changed` is None where the set has no base, or its base is gone."""
+    """What an image has of a disk, in bytes. `changed` is None where the set's base is none, or gone."""
 
     data: Extents
     zero: Extents
@@ -110,9 +110,7 @@ def picture(repository: Repository, manifest: Manifest, images: Sequence[Image])
     for image in images:
         earlier = next((one for one in base if one.disk == image.disk), None)
         words = f"set {body.base[:8]}" if earlier is not None and body.base else None
-        disks.append(
-            Disk(image.disk, image.size, read(image), occupied(repository, image, earlier), words)
-        )
+        disks.append(Disk(image.disk, image.size, read(image), occupied(repository, image, earlier), words))
     taken = format_time(body.started / 1e6)
     return draw(f"{body.name} on {body.host}", f"image set {manifest.id}, {body.strategy}, {taken}", disks)
 

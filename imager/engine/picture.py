@@ -77,7 +77,9 @@ def text(value: str) -> str:
     return escape("".join(kept).encode("utf-8", "replace").decode(), {'"': "&quot;"})
 
 
-def _text(x: float, y: float, value: str, *, colour: str = _INK, size: int = 12, weight: str = "", anchor: str = "") -> str:
+def _text(
+    x: float, y: float, value: str, *, colour: str = _INK, size: int = 12, weight: str = "", anchor: str = ""
+) -> str:
     more = f' font-weight="{weight}"' if weight else ""
     more += f' text-anchor="{anchor}"' if anchor else ""
     return f'<text x="{x:g}" y="{y:g}" fill="{colour}" font-size="{size}"{more}>{text(value)}</text>'
@@ -173,7 +175,7 @@ def _density(
     opacity: str,
     above: list[float] | None = None,
 ) -> None:
-    """Columns that are as high as they are full, from the bottom or upon others; neighbours of one height are one."""
+    """Columns as high as they are full, from the bottom or upon others; neighbours of one height are one."""
     paths: dict[str, list[str]] = {}
     at = 0
     base = bar + _HEIGHT
@@ -191,7 +193,9 @@ def _density(
             end += 1
         if high:
             low = min(low, _HEIGHT - high)
-            paths.setdefault(colour, []).append(f"M{_LEFT + at} {base - low}V{base - low - high}H{_LEFT + end}V{base - low}Z")
+            paths.setdefault(colour, []).append(
+                f"M{_LEFT + at} {base - low}V{base - low - high}H{_LEFT + end}V{base - low}Z"
+            )
         at = end
     for colour, parts in paths.items():
         out.append(f'<path d="{"".join(parts)}" fill="{colour}" fill-opacity="{opacity}"/>')

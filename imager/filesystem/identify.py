@@ -4,9 +4,9 @@ Invariant: an answer is a guess from magics, good for showing and for making a
 filesystem anew, never a reason to leave out a block. Types, labels and UUIDs are
 written as blkid writes them.
 
-Structures: fs/ext4/ext4.h, fs/xfs/libxfs/xfs_format.h, include/uapi/linux/btrfs_tree.h, fs/squashfs/squashfs_fs.h of
-Linux; ECMA-119 (ISO 9660); Microsoft's FAT and exFAT specifications; libblkid/src/superblocks of util-linux, whose
-words these are.
+Structures: fs/ext4/ext4.h, fs/xfs/libxfs/xfs_format.h, include/uapi/linux/btrfs_tree.h,
+fs/squashfs/squashfs_fs.h of Linux; ECMA-119 (ISO 9660); Microsoft's FAT and exFAT specifications;
+libblkid/src/superblocks of util-linux, whose words these are.
 """
 
 from __future__ import annotations
@@ -135,7 +135,9 @@ def _exfat(window: Readable) -> Filesystem | None:
         return None
     heap, _, root, serial = struct.unpack_from("<IIII", raw, 88)
     label = None
-    folder = window.read((heap << sector) + (root - 2 << cluster) if root >= 2 else -1, min(_FOLDER, 1 << cluster))
+    folder = window.read(
+        (heap << sector) + (root - 2 << cluster) if root >= 2 else -1, min(_FOLDER, 1 << cluster)
+    )
     for at in range(0, len(folder) - 31, 32):
         if folder[at] == 0:
             break
@@ -163,9 +165,14 @@ def _ntfs(window: Readable) -> Filesystem | None:
 
 
 def _ntfs_label(record: bytes) -> str | None:
-    """The name in the record of $Volume. Its attributes stand before the record's first fixup or not at all."""
+    """The name in the record of $Volume. The last two bytes of each sector are kept elsewhere in it."""
     if record[:4] != b"FILE":
         return None
+    where, count = struct.unpack_from("<HH", record, 4)
+    kept = record[where + 2 : where + 2 * count]
+    for end in range(512, len(record) + 1, 512):
+        pair = kept[end // 256 - 2 : end // 256]
+        record = record[: end - 2] + pair.ljust(2, b"\0") + record[end:]
     at = struct.unpack_from("<H", record, 20)[0]
     for _ in range(64):
         kind, length = struct.unpack_from("<II", record, at)
@@ -173,7 +180,10 @@ def _ntfs_label(record: bytes) -> str | None:
             break
         if kind == 0x60 and record[at + 8] == 0:
             count, where = struct.unpack_from("<IH", record, at + 16)
-            return record[at + where : at + where + min(count, 256)].decode("utf-16-le", errors="replace") or None
+            return (
+                record[at + where : at + where + min(count, 256)].decode("utf-16-le", errors="replace")
+                or None
+            )
         at += length
     return None
 

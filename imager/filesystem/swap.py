@@ -22,7 +22,7 @@ _SUSPENDED = (b"S1SUSPEND", b"S2SUSPEND", b"ULSUSPEND", b"LINHIB0001", b"\xed\xc
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The first page. `page`: its size in bytes. `pages`: how many there are. `suspended`: a system lies in it."""
+    """The first page. `page`: bytes of one, `pages`: how many there are, `suspended`: a system lies in it."""
 
     page: int
     version: int

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 @verb("show")
 @click.argument("set_text", metavar="SET")
-@click.option("--layout", is_flag=True, help="Show partitions, volumes, filesystems and systems of each disk.")
-@click.option("--svg", metavar="FILE", help="Draw the disks to scale into FILE, as SVG (- for standard output).")
+@click.option("--layout", is_flag=True, help="Show partitions, volumes, filesystems and systems.")
+@click.option("--svg", metavar="FILE", help="Draw the disks to scale into FILE, as SVG; - prints it.")
 def command(shell: Shell, set_text: str, layout: bool, svg: str | None) -> None:
     """Show what SET holds: disks, layout, strategy, base, and what was read and stored."""
     opening = shell.open()

@@ -116,6 +116,7 @@ pub fn used<R: ReadAt>(disk: &Disk<R>) -> Sure<Used> {
     if seen != count || !root_seen {
         return doubt("its allocation bitmap calls its own clusters, or the root folder's, free");
     }
+    out.add(volume.heap_at + volume.clusters * volume.cluster, volume.end);
     slack(&mut out, volume.end, disk.size());
     Ok(Used { ranges: out.finish(disk.size()), note: String::new() })
 }

@@ -163,6 +163,8 @@ pub fn used<R: ReadAt>(disk: &Disk<R>) -> Sure<Used> {
     if !root_used {
         return doubt("its table calls the root folder free");
     }
+    // Sectors at the end that make no whole cluster.
+    out.add(volume.data_at + volume.clusters * volume.cluster, volume.end);
     slack(&mut out, volume.end, disk.size());
     Ok(Used { ranges: out.finish(disk.size()), note: String::new() })
 }
