@@ -19,7 +19,10 @@ from tests.workbench import MEMORY
 
 MISSING = sorted(tool for tool in set(foreign.TOOLS) if command.find(tool) is None)
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
-fuse = [pytest.mark.root, pytest.mark.skipif(foreign.without_fuse() is not None, reason="needs root and FUSE")]
+fuse = [
+    pytest.mark.root,
+    pytest.mark.skipif(foreign.without_fuse() is not None, reason="needs root and FUSE"),
+]
 
 FAT = [
     (4, "-F 12"),
