@@ -13,6 +13,8 @@ pub mod collect;
 pub mod disk;
 pub mod ext;
 pub mod ext_layout;
+#[cfg(test)]
+mod samples;
 pub mod sums;
 pub mod xfs;
 pub mod xfs_log;
