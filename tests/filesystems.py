@@ -19,6 +19,7 @@ from pathlib import Path
 
 from imager import command
 from imager.device.loop import attach
+from imager.errors import CommandError
 from imager.extents import Extents
 from imager.filesystem import maps
 from imager.filesystem.used import Unknown, Used
@@ -44,10 +45,31 @@ PARTCLONE = {"ext": "partclone.extfs", "xfs": "partclone.xfs", "btrfs": "partclo
 
 
 def make(kind: str, image: Path, size: int, options: str = "") -> None:
-    """A new filesystem in a sparse file; `options` as on mkfs's command line."""
+    """A new filesystem in a sparse file; `options` as on mkfs's command line. ext: ext2, unless they say more."""
     with open(image, "wb") as file:
         file.truncate(size)
-    subprocess.run([*MAKE[kind], *options.split(), str(image)], check=True, capture_output=True)
+    argv = [*MAKE[kind], *options.split(), str(image)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{argv}: {done.stderr}"
+
+
+def make_full(kind: str, image: Path, size: int, options: str, tree: Path) -> None:
+    """A new filesystem that mkfs fills from a folder of files, where the kernel mounts none of its kind."""
+    if kind == "ext":
+        return make(kind, image, size, f"{options} -d {tree}")
+    lines = [f"{path.name} ---644 0 0 {path}" for path in sorted(tree.iterdir())]
+    proto = image.with_suffix(".proto")
+    proto.write_text("\n".join(["/", "0 0", "d--755 0 0", *lines, "$", "$", ""]))
+    return make(kind, image, size, f"{options} -p {proto}")
+
+
+def mountable(kind: str, image: Path) -> bool:
+    """Whether this kernel knows all that the filesystem has."""
+    try:
+        with mount(kind, image, read_only=True):
+            return True
+    except CommandError:
+        return False
 
 
 @contextmanager
@@ -94,7 +116,8 @@ def fill(root: Path, seed: int, *, kind: str = "ext", most: int = 12 * MIB) -> N
         subvolume = root / "sub"
         command.run(["btrfs", "subvolume", "create", str(subvolume)])
         (subvolume / "inside").write_bytes(chance.randbytes(200_000))
-        command.run(["btrfs", "subvolume", "snapshot", str(root), str(root / "snap")])
+        command.run(["btrfs", "subvolume", "snapshot", str(subvolume), str(root / "snap")])
+        (subvolume / "inside").write_bytes(chance.randbytes(90_000))
         (root / "after").write_bytes(chance.randbytes(100_000))
     if kind in ("xfs", "btrfs"):
         _clone(left[0], root / "clone")
