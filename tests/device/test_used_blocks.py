@@ -203,7 +203,9 @@ def dump_super(image: Path) -> str:
     return command.text(["btrfs", "inspect-internal", "dump-super", str(image)])
 
 
-@pytest.mark.parametrize(("kind", "options"), [("ext", "-t ext4"), ("ext", "-t ext3"), ("xfs", ""), ("btrfs", "")])
+@pytest.mark.parametrize(
+    ("kind", "options"), [("ext", "-t ext4"), ("ext", "-t ext3"), ("xfs", ""), ("btrfs", "")]
+)
 def test_frozen(kind: str, options: str, place: Path) -> None:
     """A copy made while frozen, as a volume manager's snapshot is, has a map that misses nothing."""
     image, copied, target = place / "image", place / "copied", place / "target"
@@ -221,7 +223,13 @@ def test_frozen(kind: str, options: str, place: Path) -> None:
     fs.checked(kind, target)
 
 
-UNCLEAN = [("ext", "-t ext4"), ("ext", "-t ext2"), ("ext", "-t ext4 -O ^has_journal"), ("xfs", ""), ("btrfs", "")]
+UNCLEAN = [
+    ("ext", "-t ext4"),
+    ("ext", "-t ext2"),
+    ("ext", "-t ext4 -O ^has_journal"),
+    ("xfs", ""),
+    ("btrfs", ""),
+]
 
 
 @pytest.mark.parametrize(("kind", "options"), UNCLEAN)
@@ -264,7 +272,15 @@ def test_a_partition_of_a_disk(place: Path) -> None:
         with open(disk, "wb") as out:
             out.truncate(start + size + 512)
         subprocess.run(
-            ["dd", f"if={part}", f"of={disk}", "bs=1M", f"seek={start}", "oflag=seek_bytes", "conv=sparse,notrunc"],
+            [
+                "dd",
+                f"if={part}",
+                f"of={disk}",
+                "bs=1M",
+                f"seek={start}",
+                "oflag=seek_bytes",
+                "conv=sparse,notrunc",
+            ],
             check=True,
             capture_output=True,
         )
