@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 KINDS = ("ext", "xfs", "btrfs", "fat", "exfat", "ntfs", "swap", "lvm", "luks", "raid")
 "Modules of this package that are readers (`used.Reader`)."
 
+_FARTHEST = 1 << 62
+
 
 def reader(name: str) -> Reader:
     """The reader of that name, loaded when it is first needed."""
@@ -36,7 +38,7 @@ def used_blocks(fd: int, start: int, size: int, *, sector: int = 512) -> Used | 
     Extents count from `start`. `fd` as in `used.Reader`; the descriptor's
     position does not move.
     """
-    if start < 0 or size <= 0 or start % 512 or size % 512:
+    if start < 0 or size <= 0 or start % 512 or size % 512 or start + size > _FARTHEST:
         return Unknown(f"a partition of {size} bytes at {start} is not made of sectors")
     found = probe(fd, start, size, sector=sector)
     if not found:

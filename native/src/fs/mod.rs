@@ -20,6 +20,8 @@ pub mod fat;
 mod memory;
 pub mod ntfs;
 pub mod ntfs_record;
+#[cfg(test)]
+mod samples;
 pub mod sums;
 pub mod xfs;
 pub mod xfs_log;

@@ -202,7 +202,7 @@ impl<R: ReadAt> Log<'_, R> {
             if next > end || record.cycle != cycle {
                 return doubt(DIRTY);
             }
-            only_superblocks(&self.unpacked(at, &record)?)?;
+            only_superblocks(&self.unpacked(at, &record)?, record.operations)?;
             at = next;
         }
         Ok(())
@@ -248,7 +248,8 @@ fn cycle_of(raw: &View<'_>, at: usize) -> Sure<u32> {
 fn sum_holds(raw: &[u8], data: usize, length: usize) -> Sure<bool> {
     let view = View(raw);
     let mut sum = crc32c(crc32c(crc32c(!0, view.part(0, 32)?), &[0; 4]), view.part(36, 328 - 36)?);
-    for header in 1..data / 512 {
+    // Only as many of the other headers as the data needs.
+    for header in 1..length.div_ceil(32 << 10).min(data / 512) {
         // sizeof(struct xlog_rec_ext_header): a cycle and 64 words.
         sum = crc32c(sum, view.part(header * 512, 260)?);
     }
@@ -256,12 +257,13 @@ fn sum_holds(raw: &[u8], data: usize, length: usize) -> Sure<bool> {
 }
 
 /// A record's operations: transactions that write buffers at block 0, and nothing else.
-fn only_superblocks(data: &[u8]) -> Sure<()> {
+/// What follows them is padding.
+fn only_superblocks(data: &[u8], operations: u32) -> Sure<()> {
     let raw = View(data);
     let mut at = 0;
     let mut regions = 0;
     let mut begun = false;
-    while at < data.len() {
+    for _ in 0..operations {
         let (length, client, flags) = (raw.be32(at + 4)? as usize, raw.u8(at + 8)?, raw.u8(at + 9)?);
         let body = View(raw.part(at + 12, length)?);
         at += 12 + length;
