@@ -45,7 +45,7 @@ PARTCLONE = {"ext": "partclone.extfs", "xfs": "partclone.xfs", "btrfs": "partclo
 
 
 def make(kind: str, image: Path, size: int, options: str = "") -> None:
-    """A new filesystem in a sparse file; `options` as on mkfs's command line. ext: ext2, unless they say more."""
+    """A new filesystem in a sparse file; `options` as on mkfs's command line. ext: ext2, unless they tell."""
     with open(image, "wb") as file:
         file.truncate(size)
     argv = [*MAKE[kind], *options.split(), str(image)]

@@ -136,7 +136,7 @@ def mounted_for_writing(fd: int) -> frozenset[int | None]:
 
 
 def _written(machine: Machine, node: Node) -> bool:
-    """Whether a filesystem on this device is writable somewhere: the last ro or rw is the filesystem's own."""
+    """Whether a filesystem on this device is writable: the last ro or rw is the filesystem's own."""
     for mount in machine.mounted(node):
         modes = [option for option in mount.options.split(",") if option in ("ro", "rw")]
         if modes[-1:] != ["ro"]:

@@ -61,7 +61,7 @@ EXT = [
     "-t ext4 -O bigalloc -b 1024 -C 16384",
     "-t ext4 -O ^has_journal",
     "-t ext4 -O metadata_csum_seed",
-    "-t ext4 -O inline_data,project,quota",
+    "-t ext4 -O inline_data",
     "-t ext4 -O casefold,encrypt,ea_inode,large_dir",
     "-t ext4 -O mmp",
     "-t ext4 -G 4 -g 2048 -b 1024",
