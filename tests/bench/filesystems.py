@@ -5,7 +5,7 @@ copy in memory; what is read is counted from the maps, not estimated.
 
     python tests/bench/filesystems.py                  the ext4 partition of the benchmark's disk
     python tests/bench/filesystems.py --disk FILE      of that disk, made earlier by disk.py
-    python tests/bench/filesystems.py --large 1000000  and maps of 4 TiB ext4 and XFS with so many files (root)
+    python tests/bench/filesystems.py --large 1000000  and maps of 4 TiB, with so many files (root)
 """
 
 from __future__ import annotations
