@@ -302,7 +302,7 @@ impl<'a, R: ReadAt> Trees<'a, R> {
     /// A node of a tree, verified.
     fn node(&self, wanted: Root, owner: u64) -> Sure<Piece> {
         let size = self.top.node_size;
-        if wanted.at % 4096 != 0 {
+        if !wanted.at.is_multiple_of(4096) {
             return doubt("a node of it lies at an odd address");
         }
         let mut problem = None;

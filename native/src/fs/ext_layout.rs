@@ -293,7 +293,7 @@ impl Layout {
 }
 
 fn is_power(mut number: u64, base: u64) -> bool {
-    while number > 1 && number % base == 0 {
+    while number > 1 && number.is_multiple_of(base) {
         number /= base;
     }
     number == 1

@@ -15,6 +15,7 @@ from imager.filesystem.used import Unknown, Used
 from tests.samples import KINDS, PAGE, Sample
 
 MIB = 1 << 20
+CRASHED = "its journal is not replayed (needs_recovery): it is mounted, or was not unmounted cleanly"
 
 
 @pytest.fixture
@@ -99,7 +100,7 @@ def patched(fd: int, sample: Sample, at: int, value: bytes) -> Used | Unknown:
         (0x3A, b"\0\0", "it was not unmounted cleanly, or is mounted"),
         (0x3A, b"\3\0", "it is marked as having errors"),
         (0xE8, b"\x0c\0\0\0", "it has orphaned inodes that are not cleaned up"),
-        (0x60, b"\6\0\0\0", "its journal is not replayed (needs_recovery): it is mounted, or was not unmounted cleanly"),
+        (0x60, b"\6\0\0\0", CRASHED),
         (0x60, b"\2\0\0\x40", "it has features that are not known: incompat 0x40000000, ro_compat 0x0"),
         (0x60, b"\x0a\0\0\0", "it is the journal of another filesystem"),
         (0x18, b"\x09\0\0\0", "a block size of 2^19 bytes"),
@@ -128,7 +129,7 @@ def test_a_bitmap_that_its_count_belies(fd: int) -> None:
 
 @pytest.mark.parametrize("name", ["ext4", "xfs5", "btrfs"])
 def test_every_structure_that_is_read_is_checked(name: str, fd: int) -> None:
-    """One byte more in any page: the map is the same, because the page has no part in it, or there is none."""
+    """One bit in any page: the map is the same, because the page has no part in it, or there is none."""
     sample = Sample(name)
     sample.write(fd)
     whole = maps.used_blocks(fd, 0, sample.size)
