@@ -111,7 +111,8 @@ def test_a_layout_stays_small() -> None:
         for i in range(1, 40_000)
     )
     text = (
-        'g { id = "x" seqno = 1 extent_size = 1 physical_volumes { pv0 { id = "i" pe_start = 1 pe_count = 9 } }'
+        'g { id = "x" seqno = 1 extent_size = 1'
+        ' physical_volumes { pv0 { id = "i" pe_start = 1 pe_count = 9 } }'
         f' logical_volumes {{ v {{ id = "v" status = ["VISIBLE"] segment_count = 39999 {segments} }} }} }}'
     )
     physical = lvm.PhysicalVolume("i", MIB, (), (), (), lvm.parse_group(text), "pv0", text)
