@@ -388,3 +388,14 @@ def non_zero(
     fd: int, start: int, end: int, *, direct: bool = False, threads: int = 0
 ) -> list[tuple[int, int]]:
     """Extents [start, end) of 4 KiB pages within the range that are not all zero."""
+
+# --- filesystems --------------------------------------------------------------------
+
+def fs_probe(kind: str, fd: int, start: int, size: int) -> str | None:
+    """The common name of the filesystem in `[start, start + size)` by its magic; `kind`: ext, xfs, btrfs."""
+
+def fs_used(kind: str, fd: int, start: int, size: int) -> tuple[list[tuple[int, int]] | None, str]:
+    """Bytes in use, counted from `start`: (sorted, merged ranges, note), or (None, why there is no map).
+
+    Reads whole 4 KiB pages into aligned memory, so `fd` may be open for direct I/O. At most 2^19
+    ranges: beyond, those with the smallest gaps are joined."""

@@ -52,6 +52,8 @@ class Device:
     writable: bool
     reasons: tuple[str, ...]  # why it may not be written
     children: tuple[Device, ...] = field(default=())
+    used: int | None = None  # bytes in use, None: not asked, or all count as used
+    used_why: str = ""  # why all do
 
 
 def devices(*, repository_path: str | None = None, machine: Machine | None = None) -> list[Device]:

@@ -82,7 +82,7 @@ def _gpt(read: Read, size: int, sector: int, lba: int) -> Table | None:
     if len(table) != count * entry_size or zlib.crc32(table) != entries_crc:
         return None
     entries = (_entry(table, i, entry_size, sector) for i in range(count))
-    return Table("gpt", _guid(disk), tuple(e for e in entries if e), from_backup=lba != 1)
+    return Table("gpt", guid_text(disk), tuple(e for e in entries if e), from_backup=lba != 1)
 
 
 def _entry(table: bytes, index: int, entry_size: int, sector: int) -> Entry | None:
@@ -91,10 +91,11 @@ def _entry(table: bytes, index: int, entry_size: int, sector: int) -> Entry | No
         return None
     label = name.decode("utf-16-le", errors="replace").split("\0")[0]
     length = (last - first + 1) * sector
-    return Entry(index + 1, first * sector, length, _guid(kind) or "", _guid(unique), label or None)
+    return Entry(index + 1, first * sector, length, guid_text(kind) or "", guid_text(unique), label or None)
 
 
-def _guid(raw: bytes) -> str | None:
+def guid_text(raw: bytes) -> str | None:
+    """A GUID as UEFI stores it, in its usual form; None where it is all zeroes."""
     return None if raw == bytes(16) else str(uuid.UUID(bytes_le=raw))
 
 
@@ -108,14 +109,15 @@ def _mbr(mbr: bytes, sector: int) -> Table | None:
         if kind and count:
             entries.append(Entry(i + 1, first * sector, count * sector, f"{kind:02x}", None, None))
     disk = struct.unpack_from("<I", mbr, 440)[0]
-    if not entries and (not disk or _is_filesystem(mbr)):
+    if not entries and (not disk or is_filesystem(mbr)):
         return None
     ident = f"{disk:08x}" if disk else None
     known = (Entry(e.number, e.start, e.size, e.type, f"{ident}-{e.number:02x}", None) for e in entries)
     return Table("dos", ident, tuple(known) if ident else tuple(entries))
 
 
-def _is_filesystem(sector: bytes) -> bool:
+def is_filesystem(sector: bytes) -> bool:
+    """Whether a boot sector is that of a FAT, an exFAT or an NTFS, which ends as an MBR does."""
     return sector[3:11] in (b"NTFS    ", b"EXFAT   ") or sector[54:57] == b"FAT" or sector[82:85] == b"FAT"
 
 

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from imager import __version__, _native
 from imager._native import DATA, ZERO, Slots
@@ -19,6 +20,7 @@ from imager.changes.holes import Holes
 from imager.changes.provider import ZERO as ELSEWHERE_ZERO
 from imager.changes.provider import Base, Changes, Request, Unknown
 from imager.changes.scan import HashScan
+from imager.engine import layouts
 from imager.engine.backup_plan import (
     STRATEGIES,
     BackupOptions,
@@ -129,6 +131,7 @@ class _Lane:
     elsewhere: int | None
     change_source: str
     sampled: int = 0
+    layout: dict[str, Any] | None = None
     imaging: Imaging | None = None
     imaged: Imaged | None = None
     error: BaseException | None = None
@@ -183,7 +186,8 @@ def _lane(
         wanted |= unread.clip(opened.size).blocks(plan.block_size)
         if lost and lost != plan.base_manifest.content.lost:
             wanted |= missing.blocks(repository, base, known)
-    return _Lane(source, opened, base, wanted, elsewhere, changes.source, sampled)
+    layout = layouts.capture(source, opened)
+    return _Lane(source, opened, base, wanted, elsewhere, changes.source, sampled, layout)
 
 
 def _changes(
@@ -327,6 +331,7 @@ def _run(
                 block_size=plan.block_size,
                 unreadable=lane.imaged.unreadable,
                 source=_identity(lane.source),
+                layout=lane.layout,
             )
         )
     segment = index.write_segment(session, known)

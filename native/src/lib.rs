@@ -2,7 +2,8 @@
 //!
 //! Plain Rust below, the border to Python in `py`. One direction: `py` calls
 //! `scan`, `fetch`, `compare`, which use `pack`, `record`, `page`, `known`,
-//! `index`, `merge`, which use `codec`, `crypto`, `digest`, `io`.
+//! `index`, `merge`, which use `codec`, `crypto`, `digest`, `io`. Beside them `fs` reads the
+//! allocation maps of filesystems.
 
 pub mod bytes;
 pub mod codec;
@@ -12,6 +13,7 @@ pub mod digest;
 pub mod error;
 pub mod fetch;
 pub mod filter;
+pub mod fs;
 pub mod gather;
 pub mod index;
 pub mod io;

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,10 +10,12 @@ import msgspec
 import pytest
 
 from imager import command
+from imager.capture.usage import with_usage
 from imager.device import inventory
 from imager.device.identity import identify
 from imager.device.inventory import Device
 from imager.device.loop import LoopDevice, attach
+from imager.units import format_size
 
 MIB = 1 << 20
 
@@ -89,3 +93,15 @@ def test_the_system_disk_is_never_writable() -> None:
         if "/" in device.mounts:
             assert not device.writable
             assert any("running system" in reason for reason in device.reasons)
+
+
+def test_used_space(disk: LoopDevice) -> None:
+    """By the maps of what stands there: of the partition without any, all counts as used."""
+    [found] = [d for d in with_usage(inventory.devices()) if d.name == disk.name]
+    first, second = found.children
+    assert found.used is None and found.used_why == ""
+    assert first.used is not None and 0 < first.used < 8 * MIB
+    assert second.used is None and "no filesystem" in second.used_why
+    argv = [sys.executable, "-m", "imager", "devices", "--used", disk.path]
+    said = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
+    assert "IN USE" in said and format_size(first.used) in said

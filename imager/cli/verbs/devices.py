@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 @verb("devices")
 @click.argument("only", metavar="[DEVICE]...", nargs=-1)
-def command(shell: Shell, only: tuple[str, ...]) -> None:
+@click.option("--used", is_flag=True, help="Read how much of each is in use, by its own allocation maps.")
+def command(shell: Shell, only: tuple[str, ...], used: bool) -> None:
     """Show disks, partitions and what stands on them, as a tree.
 
     The last column says whether restore may write there, or why not. With
@@ -33,11 +34,26 @@ def command(shell: Shell, only: tuple[str, ...]) -> None:
         found = [device for device in found if any(_holds(device, name) for name in only)]
         if not found:
             raise SourceError(f"there is no device {' or '.join(only)}", hint="imager devices shows all")
+    if used:
+        from imager.capture.usage import with_usage
+
+        found = with_usage(found)
     if shell.json:
         shell.document({"devices": found})
         return
-    headings = ("NAME", "SIZE", "WHAT", "SERIAL OR UUID", "HOLDS", "USED BY", "MAY BE WRITTEN")
-    table(sys.stdout, headings, [_row(branch, device) for branch, device in _walk(found)], right=(1,))
+    headings = ["NAME", "SIZE", "WHAT", "SERIAL OR UUID", "HOLDS", "USED BY", "MAY BE WRITTEN"]
+    rows = [list(_row(branch, device)) for branch, device in _walk(found)]
+    if used:
+        headings.insert(2, "IN USE")
+        for row, (_, device) in zip(rows, _walk(found), strict=True):
+            row.insert(2, _in_use(device))
+    table(sys.stdout, headings, rows, right=(1, 2) if used else (1,))
+
+
+def _in_use(device: Device) -> str:
+    if device.used is not None:
+        return format_size(device.used)
+    return "all" if device.used_why else "-"
 
 
 def _holds(device: Device, name: str) -> bool:

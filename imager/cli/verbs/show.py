@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 @verb("show")
 @click.argument("set_text", metavar="SET")
-def command(shell: Shell, set_text: str) -> None:
+@click.option("--layout", is_flag=True, help="Show partitions, volumes, filesystems and systems.")
+@click.option("--svg", metavar="FILE", help="Draw the disks to scale into FILE, as SVG; - prints it.")
+def command(shell: Shell, set_text: str, layout: bool, svg: str | None) -> None:
     """Show what SET holds: disks, layout, strategy, base, and what was read and stored."""
     opening = shell.open(cached=True)
     from imager.engine import verified
@@ -29,6 +31,14 @@ def command(shell: Shell, set_text: str) -> None:
     selector = imageset.split_selector(set_text)
     manifest = imageset.resolve(repository, selector.set)
     images = [imageset.select_image(manifest, selector.disk)] if selector.disk else list(manifest.images)
+    if svg is not None:
+        from imager.engine import layouts
+
+        picture = layouts.picture(repository, manifest, images)
+        if svg == "-":
+            shell.print(picture.rstrip())
+            return
+        layouts.save(svg, picture)
     checked = verified.last(repository.place, manifest.id)
     if shell.json:
         shell.document({**sets.document(manifest), "verified": checked})
@@ -37,7 +47,7 @@ def command(shell: Shell, set_text: str) -> None:
         shell.print(f"{key + ':':<10} {value}")
     for image in images:
         shell.print()
-        for line in _disk(image):
+        for line in (*_disk(image), *(_layout(image) if layout else ())):
             shell.print(line)
 
 
@@ -65,3 +75,14 @@ def _disk(image: Image) -> Iterator[str]:
     yield f"{image.disk}: {format_size(image.size)} in blocks of {format_size(image.block_size)}"
     for start, length in image.unreadable:
         yield f"  UNREADABLE when taken: {format_size(length)} at byte {start}"
+
+
+def _layout(image: Image) -> Iterator[str]:
+    from imager.cli import layouts as lines
+    from imager.engine import layouts
+
+    found = layouts.read(image)
+    if found is None:
+        yield "  its layout is not in this set, or of a form that this program does not know"
+        return
+    yield from (f"  {line}" for line in lines.lines(found))

@@ -2,6 +2,7 @@
 
 mod digests;
 mod errors;
+mod fs;
 mod known;
 mod packs;
 mod seals;
@@ -24,5 +25,6 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     packs::register(m)?;
     known::register(m)?;
     upkeep::register(m)?;
-    work::register(m)
+    work::register(m)?;
+    fs::register(m)
 }

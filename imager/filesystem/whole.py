@@ -1,0 +1,144 @@
+"""The used blocks of a whole source: a disk with its partitions, or one filesystem.
+
+Invariant: whatever no map speaks of counts as used: the table and its copy,
+the gaps, partitions that overlap or reach beyond the end, those without a
+map, those that are mounted for writing. Each part says which map was taken,
+or why none.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from imager.device.partition_table import Entry, is_extended, read_table
+from imager.extents import Extents
+from imager.filesystem import maps
+from imager.filesystem.used import Unknown, Used
+
+if TYPE_CHECKING:
+    from imager.device.machine import Machine
+    from imager.device.sysfs import Node
+
+_MOUNTED = "it is mounted for writing, and changes while it is read"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A partition (`number`; None: the whole source is one filesystem), in bytes, and what its map said."""
+
+    number: int | None
+    start: int
+    size: int
+    answer: Used | Unknown
+
+    @property
+    def used(self) -> int:
+        """Bytes that are imaged."""
+        return self.answer.extents.total if isinstance(self.answer, Used) else self.size
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """What is in use of a source, and how it is known, part by part."""
+
+    used: Extents
+    parts: tuple[Part, ...]
+
+
+def used_blocks(fd: int, size: int, *, sector: int = 512, written: Collection[int | None] = ()) -> Whole:
+    """What is in use of a source of `size` bytes. `fd` as in `used.Reader`.
+
+    `written`: numbers of the partitions that are mounted for writing; None
+    among them stands for the source itself. Reads metadata only; whatever
+    cannot be read is in use.
+    """
+    table = read_table(lambda at, length: _read(fd, at, length), size, sector)
+    if table is None or not table.entries:
+        parts: list[_Place] = [(None, 0, size, None)]
+    else:
+        parts = list(_parts(table.entries, size))
+    unused = Extents()
+    told: list[Part] = []
+    for number, start, length, problem in parts:
+        if number in written or None in written:
+            problem = _MOUNTED
+        answer: Used | Unknown
+        answer = Unknown(problem) if problem else maps.used_blocks(fd, start, length, sector=sector)
+        if isinstance(answer, Used):
+            free = answer.extents.complement(length)
+            unused |= Extents(tuple((start + low, start + high) for low, high in free))
+        told.append(Part(number, start, length, answer))
+    return Whole(unused.complement(size), tuple(told))
+
+
+_Place = tuple[int | None, int, int, str | None]
+"Number, start, length, why it has no map."
+
+
+def _parts(entries: tuple[Entry, ...], size: int) -> Iterator[_Place]:
+    for entry in entries:
+        end = entry.start + entry.size
+        problem = None
+        others = (other for other in entries if other is not entry)
+        if is_extended(entry):
+            problem = "the logical partitions in it are not looked into"
+        elif end > size:
+            problem = "it reaches beyond the end of the disk"
+        elif any(other.start < end and entry.start < other.start + other.size for other in others):
+            problem = "it overlaps another partition"
+        yield entry.number, entry.start, max(0, min(end, size) - entry.start), problem
+
+
+def _read(fd: int, at: int, length: int) -> bytes:
+    """Through aligned memory, for descriptors past the page cache; nothing where it cannot be read."""
+    import mmap
+
+    first = at // 4096 * 4096
+    room = -(-(at + length - first) // 4096) * 4096
+    with mmap.mmap(-1, room) as buffer:
+        try:
+            got = os.preadv(fd, [buffer], first)
+        except OSError:
+            return b""
+        return bytes(buffer[at - first : min(got, at - first + length)])
+
+
+def mounted_for_writing(fd: int) -> frozenset[int | None]:
+    """Numbers of the source's partitions that are mounted for writing; None: the source itself.
+
+    What stands on a partition (LVM, md, LUKS) counts, and so does what is
+    mounted from a loop device over a source that is a file.
+    """
+    from imager.device.machine import Machine
+
+    machine = Machine.read()
+    info = os.fstat(fd)
+    if stat.S_ISBLK(info.st_mode):
+        disks = [node] if (node := machine.nodes.get(info.st_rdev)) else []
+        disks += machine.shared_file(disks[0]) if disks else []
+    else:
+        loops = machine.loops_over_file((info.st_dev, info.st_ino))
+        disks = [machine.nodes[loop.dev] for loop in loops]
+    found: set[int | None] = set()
+    for disk in disks:
+        parts = [part for part in map(machine.node, disk.partitions) if part]
+        numbers = {part.dev: part.number for part in parts}
+        for top in (disk, *parts):
+            nodes = [top] if top is disk else [top, *machine.above(top)]
+            held = machine.stacked(top) if top is disk else []
+            if any(_written(machine, node) for node in [*nodes, *held]):
+                found.add(numbers.get(top.dev))
+    return frozenset(found)
+
+
+def _written(machine: Machine, node: Node) -> bool:
+    """Whether a filesystem on this device is writable: the last ro or rw is the filesystem's own."""
+    for mount in machine.mounted(node):
+        modes = [option for option in mount.options.split(",") if option in ("ro", "rw")]
+        if modes[-1:] != ["ro"]:
+            return True
+    return False

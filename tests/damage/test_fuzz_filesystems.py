@@ -1,0 +1,67 @@
+"""Damaged filesystems, as Python sees them: a map within the partition, or a reason; never an exception.
+
+The core's own fuzzer (native/src/fs/samples.rs) goes deeper: it makes checksums true again.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from imager.filesystem import maps
+from imager.filesystem.used import Unknown, Used
+from tests.samples import KINDS, PAGE, Sample
+
+EXAMPLES = 150 * int(os.environ.get("IMAGER_FUZZ", "1"))
+NUMBERS = st.one_of(
+    st.binary(min_size=1, max_size=8),
+    st.sampled_from([0, 1, 2**31, 2**32 - 1]).map(lambda n: n.to_bytes(4, "big")),
+    st.sampled_from([0, 1, 2**31, 2**32 - 1]).map(lambda n: n.to_bytes(4, "little")),
+    st.sampled_from([2**62, 2**63, 2**64 - 1]).map(lambda n: n.to_bytes(8, "little")),
+)
+DAMAGE = st.tuples(
+    st.one_of(st.integers(0, 20), st.integers(0, 300)),  # which page
+    st.one_of(st.integers(0, 300), st.integers(1024, 1400), st.integers(0, PAGE - 8)),
+    NUMBERS,
+)
+
+
+@pytest.fixture(scope="module")
+def fd() -> Iterator[int]:
+    with tempfile.TemporaryFile() as file:
+        yield file.fileno()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_damage(name: str, fd: int) -> None:
+    sample = Sample(name)
+    os.ftruncate(fd, 0)
+    sample.write(fd)
+    numbers = list(sample.pages)
+
+    @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.lists(DAMAGE, min_size=1, max_size=4), st.sampled_from([0, 0, 0, 512, 65536]))
+    def damaged(damages: list[tuple[int, int, bytes]], cut: int) -> None:
+        for page, at, value in damages:
+            os.pwrite(fd, value, numbers[page % len(numbers)] * PAGE + at)
+        try:
+            answer = maps.used_blocks(fd, 0, sample.size - cut)
+        finally:
+            for page, _, _ in damages:
+                number = numbers[page % len(numbers)]
+                os.pwrite(fd, sample.pages[number], number * PAGE)
+        if isinstance(answer, Used):
+            ranges = answer.extents.ranges
+            assert all(0 <= start < end <= sample.size - cut for start, end in ranges)
+            assert answer.extents == type(answer.extents).of(ranges)
+        else:
+            assert isinstance(answer, Unknown)
+            assert 5 < len(answer.reason) < 200 and "\n" not in answer.reason
+
+    damaged()
+    assert isinstance(maps.used_blocks(fd, 0, sample.size), Used)

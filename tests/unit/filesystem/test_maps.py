@@ -1,0 +1,164 @@
+"""The dispatcher: one filesystem, one map; anything else, none."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from imager import command
+from imager.filesystem import maps
+from imager.filesystem.used import Unknown, Used
+from tests.samples import KINDS, PAGE, Sample
+
+MIB = 1 << 20
+CRASHED = "its journal is not replayed (needs_recovery): it is mounted, or was not unmounted cleanly"
+
+
+@pytest.fixture
+def fd(tmp_path: Path) -> Iterator[int]:
+    number = os.open(tmp_path / "image", os.O_RDWR | os.O_CREAT)
+    yield number
+    os.close(number)
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "btrfs"])
+def test_every_page_that_holds_something_is_used(name: str, fd: int) -> None:
+    """mkfs writes nothing that is not in use; that of btrfs leaves its first trees behind."""
+    sample = Sample(name)
+    sample.write(fd)
+    answer = maps.used_blocks(fd, 0, sample.size)
+    assert isinstance(answer, Used)
+    assert answer.kind == KINDS[name]
+    outside = [number for number in sample.pages if not touches(answer, number * PAGE)]
+    assert not outside
+    assert answer.extents.total < sample.size // 2
+    position = os.lseek(fd, 0, os.SEEK_CUR)
+    assert position == 0
+
+
+def touches(answer: Used, at: int) -> bool:
+    return bool(any(start < at + PAGE and at < end for start, end in answer.extents))
+
+
+def test_what_follows_the_filesystem_is_used(fd: int) -> None:
+    for name in KINDS:
+        sample = Sample(name)
+        os.ftruncate(fd, 0)
+        sample.write(fd)
+        alone = maps.used_blocks(fd, 0, sample.size)
+        size = sample.size + 3 * MIB + 512
+        os.ftruncate(fd, size)
+        more = maps.used_blocks(fd, 0, size)
+        assert isinstance(alone, Used) and isinstance(more, Used)
+        assert more.extents == alone.extents | type(alone.extents).of([(sample.size, size)])
+
+
+def test_a_filesystem_that_is_cut_short_has_none(fd: int) -> None:
+    for name in KINDS:
+        sample = Sample(name)
+        os.ftruncate(fd, 0)
+        sample.write(fd)
+        for size in (sample.size - 64 * 1024, sample.size // 2, 2 * MIB):
+            answer = maps.used_blocks(fd, 0, size)
+            assert isinstance(answer, Unknown)
+            assert "larger than the partition" in answer.reason, (name, answer)
+
+
+def test_two_signatures_are_none(fd: int) -> None:
+    btrfs, ext = Sample("btrfs"), Sample("ext4")
+    btrfs.write(fd)
+    os.pwrite(fd, ext.pages[0], 0)
+    answer = maps.used_blocks(fd, 0, btrfs.size)
+    assert answer == Unknown("it bears the signatures of btrfs and ext4 at once")
+
+
+def test_nothing_known(fd: int) -> None:
+    os.ftruncate(fd, MIB)
+    assert maps.used_blocks(fd, 0, MIB) == Unknown("no filesystem that is known here")
+    assert maps.used_blocks(fd, 0, 512) == Unknown("no filesystem that is known here")
+    for start, size in ((0, 0), (-512, 1024), (1, 512), (0, 1000)):
+        assert isinstance(maps.used_blocks(fd, start, size), Unknown)
+    assert isinstance(maps.used_blocks(fd, 1 << 62, 1 << 62), Unknown)
+
+
+# --- what ext4 says of itself ---------------------------------------------------------------
+
+
+def patched(fd: int, sample: Sample, at: int, value: bytes) -> Used | Unknown:
+    sample.write(fd)
+    os.pwrite(fd, value, 1024 + at)
+    return maps.used_blocks(fd, 0, sample.size)
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "reason"),
+    [
+        (0x3A, b"\0\0", "it was not unmounted cleanly, or is mounted"),
+        (0x3A, b"\3\0", "it is marked as having errors"),
+        (0xE8, b"\x0c\0\0\0", "it has orphaned inodes that are not cleaned up"),
+        (0x60, b"\6\0\0\0", CRASHED),
+        (0x60, b"\2\0\0\x40", "it has features that are not known: incompat 0x40000000, ro_compat 0x0"),
+        (0x60, b"\x0a\0\0\0", "it is the journal of another filesystem"),
+        (0x18, b"\x09\0\0\0", "a block size of 2^19 bytes"),
+        (0x28, b"\0\0\0\0", "0 inodes of 256 bytes in a group"),
+        (0x04, b"\1\x81\0\0", "it is larger than the partition that it stands on"),
+    ],
+)  # fmt: skip
+def test_ext_says_why(at: int, value: bytes, reason: str, fd: int) -> None:
+    answer = patched(fd, Sample("ext2"), at, value)
+    assert answer == Unknown(reason, answer.kind)
+
+
+def test_a_bitmap_that_its_count_belies(fd: int) -> None:
+    sample = Sample("ext2")
+    sample.write(fd)
+    out = command.text(["dumpe2fs", f"/proc/{os.getpid()}/fd/{fd}"])
+    bitmap = int(out.split("Block bitmap at ")[1].split()[0].rstrip(","))
+    os.pwrite(fd, bytes(64), bitmap * 1024 + 100)
+    answer = maps.used_blocks(fd, 0, sample.size)
+    assert isinstance(answer, Unknown)
+    assert "the bitmap of group 0 has" in answer.reason
+
+
+# --- sums --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ext4", "xfs5", "btrfs"])
+def test_every_structure_that_is_read_is_checked(name: str, fd: int) -> None:
+    """One bit in any page: the map is the same, because the page has no part in it, or there is none."""
+    sample = Sample(name)
+    sample.write(fd)
+    whole = maps.used_blocks(fd, 0, sample.size)
+    refused = 0
+    for number, page in sample.pages.items():
+        for at in (40, 1500, 3000):
+            os.pwrite(fd, bytes([page[at] ^ 1]), number * PAGE + at)
+            answer = maps.used_blocks(fd, 0, sample.size)
+            os.pwrite(fd, page, number * PAGE)
+            assert answer == whole or isinstance(answer, Unknown)
+            refused += isinstance(answer, Unknown)
+    assert refused > 2
+
+
+def test_the_second_copy_serves(fd: int, tmp_path: Path) -> None:
+    """btrfs keeps two copies of its trees: damage to one changes nothing."""
+    subprocess.run(["truncate", "-s", "256M", str(tmp_path / "image")], check=True)
+    command.run(["mkfs.btrfs", "-q", "-f", "-m", "dup", str(tmp_path / "image")])
+    whole = maps.used_blocks(fd, 0, 256 * MIB)
+    assert isinstance(whole, Used)
+    chunks = command.text(["btrfs", "inspect-internal", "dump-tree", "-t", "chunk", str(tmp_path / "image")])
+    system = chunks.split("type SYSTEM|DUP")[1]
+    first = int(system.split("stripe 0 devid 1 offset ")[1].split()[0])
+    second = int(system.split("stripe 1 devid 1 offset ")[1].split()[0])
+    for start in (first, second):
+        kept = os.pread(fd, 8 * MIB, start)
+        os.pwrite(fd, bytes(8 * MIB), start)
+        assert maps.used_blocks(fd, 0, 256 * MIB) == whole
+        os.pwrite(fd, kept, start)
+    os.pwrite(fd, bytes(8 * MIB), first)
+    os.pwrite(fd, bytes(8 * MIB), second)
+    assert isinstance(maps.used_blocks(fd, 0, 256 * MIB), Unknown)
