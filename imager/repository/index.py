@@ -37,11 +37,13 @@ def look_around(session: Session, reporter: Reporter | None = None) -> _native.K
     sees here stays until it ends. Raises `IntegrityError`, `StorageError`.
     """
     repository = session.repository
-    condemned = sessions.condemned_packs(repository.storage, repository.config.repository)
-    session.condemned = condemned
     session.known = known = load(repository, reporter)
-    # After the index, so that of what that names nothing is too new to be listed.
-    repository.packs_present(without=condemned)
+    # After the index, so that of what that names nothing is too new to be listed. Whoever condemns
+    # something later than it is looked for here sees this session, and waits for its end.
+    listing = repository.list_far()
+    condemned = sessions.condemned_packs(repository.storage, repository.config.repository, listing)
+    session.condemned = condemned
+    repository.packs_present(without=condemned, listed=True)
     return known
 
 

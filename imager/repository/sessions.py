@@ -10,7 +10,7 @@ taken its announcement back. No decision here compares clocks.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -137,15 +137,18 @@ def end(storage: Storage, session: str) -> None:
 # --- condemned packs --------------------------------------------------------------------
 
 
-def _condemned_ids(storage: Storage) -> list[str]:
-    names = (name.removeprefix(CONDEMNED) for name in storage.list_names(CONDEMNED))
+def _condemned_ids(storage: Storage, listing: Sequence[str] | None = None) -> list[str]:
+    listed = storage.list_names(CONDEMNED) if listing is None else listing
+    names = (name.removeprefix(CONDEMNED) for name in listed if name.startswith(CONDEMNED))
     return [name for name in names if is_id(name)]
 
 
-def read_condemned(storage: Storage, repository: str) -> dict[str, Condemnation]:
+def read_condemned(
+    storage: Storage, repository: str, listing: Sequence[str] | None = None
+) -> dict[str, Condemnation]:
     """All condemnations there are, by id. Raises `IntegrityError` for a damaged one, `StorageError`."""
     found: dict[str, Condemnation] = {}
-    for name in _condemned_ids(storage):
+    for name in _condemned_ids(storage, listing):
         what = f"{CONDEMNED}{name}"
         try:
             raw = storage.read(what, 0, MAX_JSON + 1)
@@ -161,9 +164,14 @@ def read_condemned(storage: Storage, repository: str) -> dict[str, Condemnation]
     return found
 
 
-def condemned_packs(storage: Storage, repository: str) -> frozenset[bytes]:
-    """Names of the packs that a writer must treat as absent. Call it once the session is announced."""
-    found = read_condemned(storage, repository).values()
+def condemned_packs(
+    storage: Storage, repository: str, listing: Sequence[str] | None = None
+) -> frozenset[bytes]:
+    """Names of the packs that a writer must treat as absent. Call it once the session is announced.
+
+    `listing`: names of all objects, listed after that.
+    """
+    found = read_condemned(storage, repository, listing).values()
     return frozenset[bytes]().union(*(one.packs | one.maps for one in found))
 
 
