@@ -152,8 +152,9 @@ class PackAccess(ABC):
                 for number in numbers:
                     self._pinned[number] = self._pinned.get(number, 0) + 1
                     try:
-                        pinned[number] = self.pack_reader(number)
-                        self.require_key(number, pinned[number][1])
+                        reader = self.pack_reader(number)
+                        self.require_key(number, reader[1])
+                        pinned[number] = reader
                     except BaseException:
                         self._unpin(number)
                         raise

@@ -30,7 +30,7 @@ def far_copy(s3: Store, monkeypatch: pytest.MonkeyPatch) -> Copy:  # noqa: F811
         for key, value in place.environment().items():
             monkeypatch.setenv(key, value)
         # What a machine remembers belongs to the place: it has to have seen the copy.
-        assert place.imager("list").code == 0
+        assert place.imager("check").code == 0
         return place
 
     return make
