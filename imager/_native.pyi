@@ -255,6 +255,8 @@ class Known:
         """How many of many ids, one after the other, are known."""
     def find(self, id: bytes) -> tuple[int, int, int] | None:
         """(pack number, offset, length)."""
+    def places(self, id: bytes) -> list[tuple[int, int, int]]:
+        """Every place that is known, as `find` gives one: it may be stored more than once."""
     pending: int
     """Entries that no segment holds yet."""
     damaged_pages: int

@@ -14,8 +14,8 @@ from imager.engine.compare import Geometry
 from imager.errors import IntegrityError, StorageError
 from imager.events import Reporter
 from imager.extents import Extents
-from imager.repository.blockmap import MOST_LOOKS
 from imager.repository.format import DAMAGED, KIND_DATA, pack_object
+from imager.repository.locator import fetch_elsewhere
 from imager.repository.repository import Repository
 from imager.storage.errors import Gone
 from imager.units import MIB
@@ -123,34 +123,12 @@ class Fetcher:
                 return self._fetch(gather, start, end, {**readers}), reasons
 
     def _elsewhere(self, failures: list[Failure]) -> list[Failure]:
-        """A place is a hint, the id is the truth: ask for other records of the same ids.
-
-        As long as others move them meanwhile it looks again.
-        """
-        locator = self._repository.locator
-        tried = {(failure.blocks[0], failure.pack, failure.offset) for failure in failures}
-        found: list[Failure] = []
-        left = failures
-        for _ in range(MOST_LOOKS):
-            places = locator.find_all({bytes(one.id) for one in left}, KIND_DATA)
-            gather, hoped = Gather(), {}
-            for failure in left:
-                place = places.get(bytes(failure.id))
-                if place is None or (failure.blocks[0], *place[:2]) in tried:
-                    continue
-                tried.add((failure.blocks[0], *place[:2]))
-                slot = Slots(1)
-                slot.set_data(0, bytes(failure.id), *place)
-                hoped[failure.blocks[0]] = failure
-                for block in failure.blocks:
-                    gather.add(block, slot)
-            gather.sort()
-            if len(gather):
-                lost = {failure.blocks[0] for again, _ in self._passes(gather) for failure in again}
-                found += [failure for first, failure in hoped.items() if first not in lost]
-                left = [one for one in left if one.blocks[0] not in hoped or one.blocks[0] in lost]
-            if not left or not locator.look_again():
-                break
+        """A place is a hint, the id is the truth: ask for other records of the same ids."""
+        found, left = fetch_elsewhere(
+            self._repository.locator,
+            failures,
+            lambda gather: [failure for again, _ in self._passes(gather) for failure in again],
+        )
         # Where a pack is gone, prune has moved what lived; where it is not, something is wrong.
         there = {pack for pack in {one.pack for one in found} if not self._is_gone(pack)}
         self.moved += sum(len(one.blocks) for one in found if one.pack in there)

@@ -15,6 +15,7 @@ from imager._native import DATA, Slots
 from imager.errors import IntegrityError
 from imager.extents import Extents
 from imager.repository.format import KIND_MAP, PAGE_SLOTS
+from imager.repository.locator import MOST_LOOKS
 from imager.repository.manifest import Image, root_level
 from imager.repository.repository import Repository
 from imager.storage.errors import Gone, StorageError
@@ -25,8 +26,6 @@ OnDamage = Callable[[int, int, str], None]
 _KEPT_PAGES = 64
 _EXPECTED = 32
 "Pages that a walk asks a far storage for before it comes to them."
-MOST_LOOKS = 16
-"How often a reader looks where a record is that one prune after the other moves on."
 
 
 class DamagedPage(IntegrityError):
@@ -93,21 +92,23 @@ def _find_elsewhere(
     repository: Repository, page: Page, blocks: int, listed_only: bool
 ) -> tuple[Page, Slots] | None:
     """The page by its id; looks again as long as others move it meanwhile. None where it is nowhere."""
-    tried = {(page.pack, page.offset, page.length)}
+    tried = {(page.pack, page.offset)}
     for _ in range(MOST_LOOKS):
-        place = repository.locator.find(page.id, KIND_MAP)
-        if place is not None and place not in tried:
-            tried.add(place)
-            if not listed_only or repository.names.is_present(place[0]):
-                moved = Page(page.level, page.index, page.id, *place)
-                try:
-                    return moved, open_page(repository, moved, blocks)
-                except Gone:
-                    raise
-                except (IntegrityError, StorageError):
-                    pass  # That one too? Then it was moved on, or there is no whole one.
-        if not repository.locator.look_again():
-            return None
+        place = repository.locator.find(page.id, KIND_MAP, tried)
+        if place is None:
+            if not repository.locator.look_again():
+                return None
+            continue
+        tried.add(place[:2])
+        if listed_only and not repository.names.is_present(place[0]):
+            continue
+        moved = Page(page.level, page.index, page.id, *place)
+        try:
+            return moved, open_page(repository, moved, blocks)
+        except Gone:
+            raise
+        except (IntegrityError, StorageError):
+            continue  # That one too? Then it was moved on, or there is no whole one.
     return None
 
 

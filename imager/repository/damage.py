@@ -14,7 +14,7 @@ from imager._native import DATA, ZERO, Failure, Gather, Slots
 from imager.errors import IntegrityError
 from imager.extents import Extents
 from imager.repository.findings import Hurt, Survey
-from imager.repository.format import KIND_DATA
+from imager.repository.locator import fetch_elsewhere
 from imager.repository.manifest import Image, Manifest
 from imager.repository.pages import BadPage, pages
 from imager.repository.repository import Reader, Repository
@@ -85,23 +85,11 @@ def _try(found: Survey, image: Image, gather: Gather, lost: Blocks) -> None:
     if not failures:
         return
     # A place is a hint, the id is the truth: it may have been stored again, or moved.
-    ids = {bytes(one.id) for one in failures}
-    places = found.repository.locator.find_all(ids, KIND_DATA)
-    again, owners = Gather(), {}
-    for failure in failures:
-        place = places.get(bytes(failure.id))
-        if place is None or place[:2] == (failure.pack, failure.offset):
-            lost[failure.pack] += [(block, block + 1) for block in failure.blocks]
-            continue
-        slot = Slots(1)
-        slot.set_data(0, bytes(failure.id), *place)
-        for block in failure.blocks:
-            again.add(block, slot)
-            owners[block] = failure.pack
-    again.sort()
-    for failure in _failures(found.repository, image, again):
-        for block in failure.blocks:
-            lost[owners[block]].append((block, block + 1))
+    _, left = fetch_elsewhere(
+        found.repository.locator, failures, lambda again: _failures(found.repository, image, again)
+    )
+    for failure in left:
+        lost[failure.pack] += [(block, block + 1) for block in failure.blocks]
 
 
 def _failures(repository: Repository, image: Image, gather: Gather) -> list[Failure]:

@@ -8,7 +8,7 @@ are. What is found lies in a pack that the storage lists.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 
 from imager import _native
 from imager.errors import IntegrityError
@@ -19,6 +19,13 @@ from imager.storage.errors import Gone, NotFound, StorageError
 
 Place = tuple[int, int, int]
 "Number of the pack in the repository's names, offset, length of the record."
+Tried = Mapping[bytes, Container[tuple[int, int]]]
+"By id the places that were no good: number of the pack, and offset."
+MOST_LOOKS = 16
+"How often a reader looks for a record that is damaged where it was found, or that prunes move on."
+
+
+_NONE: Tried = {}
 
 
 class Locator:
@@ -31,14 +38,15 @@ class Locator:
         self._listing: frozenset[str] = frozenset()
         self._complete: set[int] = set()
 
-    def find(self, identity: bytes, kind: int) -> Place | None:
-        """Where a record is; see `find_all`."""
-        return self.find_all([identity], kind).get(identity)
+    def find(self, identity: bytes, kind: int, tried: Container[tuple[int, int]] = ()) -> Place | None:
+        """Where a record is, other than in the places that were tried; see `find_all`."""
+        return self.find_all([identity], kind, {identity: tried}).get(identity)
 
-    def find_all(self, identities: Iterable[bytes], kind: int) -> dict[bytes, Place]:
+    def find_all(self, identities: Iterable[bytes], kind: int, tried: Tried = _NONE) -> dict[bytes, Place]:
         """Where records are, of those that are found; `kind`: that of their pack.
 
-        Looks again, once, where packs or segments came or went since it looked. Raises `StorageError`.
+        A record may be there more than once: what was `tried` is passed over. Looks again,
+        once, where packs or segments came or went since it looked. Raises `StorageError`.
         """
         wanted = list(identities)
         found: dict[bytes, Place] = {}
@@ -47,8 +55,12 @@ class Locator:
             if not missing or not attempt(kind):
                 continue
             for identity in missing:
-                if (place := self._known.find(identity)) is not None:
-                    found[identity] = (self._translated(place[0]), place[1], place[2])
+                passed = tried.get(identity, ())
+                for pack, offset, length in self._known.places(identity):
+                    number = self._translated(pack)
+                    if (number, offset) not in passed:
+                        found[identity] = (number, offset, length)
+                        break
         return found
 
     def look_again(self) -> bool:
@@ -101,6 +113,43 @@ class Locator:
         for name, records in records_of_all(self._repository, strange, kind):
             self._known.add_pack(self._names.intern(name), records)
         return True
+
+
+def fetch_elsewhere(
+    locator: Locator,
+    failures: Sequence[_native.Failure],
+    fetch: Callable[[_native.Gather], list[_native.Failure]],
+) -> tuple[list[_native.Failure], list[_native.Failure]]:
+    """Fetch blocks whose records are not whole where a map says from other places: (had, not to be had).
+
+    Each of `failures` comes back in one of the two. `fetch` gets what is gathered and gives what
+    failed of it. As long as others move records meanwhile it looks again. Raises `StorageError`.
+    """
+    tried: dict[bytes, set[tuple[int, int]]] = {}
+    for failure in failures:
+        tried.setdefault(bytes(failure.id), set()).add((failure.pack, failure.offset))
+    had: list[_native.Failure] = []
+    left = list(failures)
+    for _ in range(MOST_LOOKS):
+        places = locator.find_all({bytes(one.id) for one in left}, KIND_DATA, tried)
+        if not places:
+            if not left or not locator.look_again():
+                break
+            continue
+        gather = _native.Gather()
+        hoped = [failure for failure in left if bytes(failure.id) in places]
+        for failure in hoped:
+            place = places[bytes(failure.id)]
+            tried[bytes(failure.id)].add(place[:2])
+            slot = _native.Slots(1)
+            slot.set_data(0, bytes(failure.id), *place)
+            for block in failure.blocks:
+                gather.add(block, slot)
+        gather.sort()
+        lost = {block for failure in fetch(gather) for block in failure.blocks}
+        had += [failure for failure in hoped if lost.isdisjoint(failure.blocks)]
+        left = [one for one in left if bytes(one.id) not in places or not lost.isdisjoint(one.blocks)]
+    return had, left
 
 
 Records = list[tuple[int, bytes, int, int]]

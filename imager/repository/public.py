@@ -90,10 +90,13 @@ class PublicReader:
         try:
             return place, self._at(place)
         except IntegrityError:
-            other = self._find(place.id)
-            if other is None or other == place:
-                raise
-            return other, self._at(other)
+            tried = {(self.repository.names.intern(place.pack), place.offset)}
+            while (other := self._find(place.id, tried)) is not None:
+                try:
+                    return other, self._at(other)
+                except IntegrityError:
+                    continue
+            raise
 
     def _at(self, place: Place) -> PublicPage:
         number = self.repository.names.intern(place.pack)
@@ -121,11 +124,14 @@ class PublicReader:
                 self._frames.popitem(last=False)
         return known
 
-    def _find(self, identity: bytes) -> Place | None:
-        """The place of a page whose record is not where it should be."""
-        place = self.repository.locator.find(identity, KIND_MAP)
-        name = self.repository.names.name(place[0]) if place else None
-        return Place(name, place[1], place[2], identity) if place and name is not None else None
+    def _find(self, identity: bytes, tried: set[tuple[int, int]]) -> Place | None:
+        """Another place of a page whose record is not where it should be; it counts as tried from now on."""
+        place = self.repository.locator.find(identity, KIND_MAP, tried)
+        if place is None:
+            return None
+        tried.add(place[:2])
+        name = self.repository.names.name(place[0])
+        return Place(name, place[1], place[2], identity) if name is not None else None
 
 
 def _payload_digests(fd: int, name: bytes, repository: bytes) -> Iterator[tuple[int, bytes]]:

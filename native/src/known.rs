@@ -80,6 +80,8 @@ pub struct Known {
     shards: Vec<Shard>,
     /// The largest first: that is where most of what is known stands.
     segments: RwLock<Vec<Loaded>>,
+    /// Further places of contents that `add` was told of more than once.
+    others: Mutex<HashMap<Key, Vec<Place>>>,
     /// For filters.
     room: Arc<Room>,
     /// Damaged pages of segments that are searched no longer.
@@ -95,6 +97,7 @@ impl Known {
             names,
             shards: (0..SHARDS).map(|_| Shard::default()).collect(),
             segments: RwLock::default(),
+            others: Mutex::default(),
             room: Room::new(FILTERS),
             damaged: AtomicUsize::new(0),
             pending: AtomicUsize::new(0),
@@ -169,13 +172,32 @@ impl Known {
         self.in_segments(&key)
     }
 
+    /// Every place that is known for `id`: it may be stored more than once, and one of them damaged.
+    pub fn places(&self, id: &Id) -> Vec<Place> {
+        let key = key_of(id);
+        let mut found = Vec::new();
+        if let Some(State::Stored { place, .. }) =
+            self.shard(&key).map.lock().unwrap_or_else(PoisonError::into_inner).get(&key)
+        {
+            found.push(*place);
+        }
+        found.extend(self.others.lock().unwrap_or_else(PoisonError::into_inner).get(&key).into_iter().flatten());
+        let segments = self.segments.read().unwrap_or_else(PoisonError::into_inner);
+        found.extend(segments.iter().filter_map(|loaded| self.in_segment(loaded, &key)));
+        found.sort_unstable();
+        found.dedup();
+        found
+    }
+
     fn in_segments(&self, key: &Key) -> Option<Place> {
         let segments = self.segments.read().unwrap_or_else(PoisonError::into_inner);
-        segments.iter().find_map(|loaded| {
-            let (pack, offset, length) = loaded.segment.find(key)?;
-            let pack = *loaded.numbers.get(pack as usize)?;
-            self.names.is_present(pack).then_some(Place { pack, offset, length })
-        })
+        segments.iter().find_map(|loaded| self.in_segment(loaded, key))
+    }
+
+    fn in_segment(&self, loaded: &Loaded, key: &Key) -> Option<Place> {
+        let (pack, offset, length) = loaded.segment.find(key)?;
+        let pack = *loaded.numbers.get(pack as usize)?;
+        self.names.is_present(pack).then_some(Place { pack, offset, length })
     }
 
     /// Find `id`, or claim it.
@@ -200,6 +222,19 @@ impl Known {
                 Claim::Yours
             }
         }
+    }
+
+    /// Take in where a content lies that nobody claimed; an earlier place of it stays known to `places`.
+    pub fn add(&self, id: &Id, place: Place) {
+        let key = key_of(id);
+        let before = match self.shard(&key).map.lock().unwrap_or_else(PoisonError::into_inner).get(&key) {
+            Some(State::Stored { place, .. }) => Some(*place),
+            _ => None,
+        };
+        if let Some(before) = before.filter(|before| *before != place) {
+            self.others.lock().unwrap_or_else(PoisonError::into_inner).entry(key).or_default().push(before);
+        }
+        self.publish(id, place);
     }
 
     /// What was claimed lies here now.
@@ -283,6 +318,7 @@ impl Known {
             map.retain(|_, state| !matches!(state, State::Stored { handed: true, .. }));
             map.shrink_to_fit();
         }
+        self.others.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 }
 
@@ -340,6 +376,18 @@ mod tests {
         assert_eq!(known.naming(&HashSet::from([[9; 32]])), [[3; 32]]);
         known.unload(&HashSet::from([[3; 32]]));
         assert_eq!(known.find(&[1; 32]), None);
+    }
+
+    #[test]
+    fn every_place_of_a_content_is_told() {
+        let known = Known::new(Arc::default());
+        let place = |offset| Place { pack: 0, offset, length: 70 };
+        for offset in [3, 1, 3, 2, 2] {
+            known.add(&[1; 32], place(offset));
+        }
+        assert_eq!(known.places(&[1; 32]), [place(1), place(2), place(3)]);
+        assert_eq!(known.find(&[1; 32]), Some(place(2)));
+        assert!(known.places(&[2; 32]).is_empty());
     }
 
     #[test]

@@ -49,7 +49,7 @@ impl Known {
 
     fn add_pack(&self, number: u32, records: Vec<Record>) {
         for (_, id, offset, length) in records {
-            self.0.publish(&id, Place { pack: number, offset, length });
+            self.0.add(&id, Place { pack: number, offset, length });
         }
     }
 
@@ -63,6 +63,11 @@ impl Known {
 
     fn find(&self, id_: &[u8]) -> PyResult<Option<(u32, u32, u32)>> {
         Ok(self.0.find(&id(id_)?).map(|place| (place.pack, place.offset, place.length)))
+    }
+
+    fn places(&self, id_: &[u8]) -> PyResult<Vec<(u32, u32, u32)>> {
+        let places = self.0.places(&id(id_)?);
+        Ok(places.into_iter().map(|place| (place.pack, place.offset, place.length)).collect())
     }
 
     fn forget(&self) {

@@ -314,11 +314,13 @@ def test_a_damaged_page_of_the_base(
     assert second.images[0].blocks_new == (1 if extents else 0), "blocks are found by the index"
     with place.open() as repository:
         problems = check(repository, Silent()).problems
-    if how == "empty map" and (level, index) == (1, 0) and not problems:
+    if how == "empty map":
         # The very same page was written again: the first set finds it by its id.
+        assert not problems
         place.gives(first.set, {"image": image.read_bytes()})
     else:
-        assert {hurt.set for problem in problems for hurt in problem.hurt} == {first.set}
+        (problem,) = problems
+        assert {hurt.set for hurt in problem.hurt} == {first.set}
     place.gives(second.set, {"image": image.read_bytes()})
 
 
