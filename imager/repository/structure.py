@@ -37,6 +37,7 @@ from imager.repository.format import (
     parse_session,
 )
 from imager.repository.frames import ends
+from imager.repository.keyless import is_keyless
 from imager.repository.missing import MISSING
 from imager.repository.pages import BadPage, Seen, pages
 from imager.repository.repository import Opening, Repository
@@ -281,17 +282,14 @@ def _index(found: Survey) -> None:
 def _maps(found: Survey) -> None:
     """Open every page that a set refers to, once, and see that every pack named is there and of its kind."""
     repository = found.repository
-    if found.keyless:
+    unread = [manifest for manifest in found.listing.sets if manifest.body is None]
+    if is_keyless(repository):
         found.notes.append(references.UNTOLD)
-    unread = [manifest for manifest in found.listing.sets if found.keyless or manifest.body is None]
+    elif unread:
+        which = f"{len(unread)} of {len(found.listing.sets)} image sets cannot be read with this key"
+        found.notes.append(f"{which}, and were checked as without one. {references.UNTOLD}")
     references.survey_maps(found, unread)
-    if not found.keyless:
-        _pages(found)
-        if unread:
-            found.notes.append(
-                f"{len(unread)} of {len(found.listing.sets)} image sets cannot be read with this key: they "
-                f"were checked as without one. {references.UNTOLD}"
-            )
+    _pages(found)
     for number in found.used:
         name = repository.names.name(number)
         if name is None or number in found.bad or number in found.aside:

@@ -60,7 +60,7 @@ def test_a_host_that_can_only_back_up(imager, sealed, image: Path, tmp_path: Pat
         assert ended.code == errors.EXIT_WRONG_KEY and "hint:" in ended.err, verb
     assert not (tmp_path / "out").exists() and not (tmp_path / "more").exists()
     checked = imager.ok(*writer, "check", "--read-data")
-    assert "without a key it was not checked" in checked.out and "whole" in checked.out
+    assert "3 of 3 image sets cannot be read" in checked.out and "whole" in checked.out
     # Its sets are as good as any.
     imager.ok(*sealed, "restore", "disk", tmp_path / "out")
     assert (tmp_path / "out").read_bytes() == image.read_bytes()

@@ -236,6 +236,7 @@ def test_blocks_of_a_lost_pack_are_stored_again(
     place.backup(image, name="d")
     extents = overwrite(image, [7], 2)
     second = place.backup(image, name="d")
+    before = image.read_bytes()
     pack = max(
         (place.root / "packs").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0
     )
@@ -256,7 +257,12 @@ def test_blocks_of_a_lost_pack_are_stored_again(
     assert third.base == second.set
     assert any("damaged or missing" in warning for warning in reporter.warnings)
     assert third.images[0].blocks_new == 1023  # all but the one that the second set had stored
-    whole_but_for(place, third, pack if loss != "set aside" else None)
+    if loss == "set aside":
+        # What was damaged in it is stored anew, and the rest of it is as good as ever.
+        whole_but_for(place, third, None)
+        place.gives(second.set, {"image": before})
+    else:
+        whole_but_for(place, third, pack)
     place.gives(third.set, {"image": image.read_bytes()})
     # It is known now, and costs the next one nothing.
     fourth = place.backup(image, name="d", **maps_of(tmp_path, how, overwrite(image, [3], 4)))
@@ -267,10 +273,7 @@ def test_blocks_of_a_lost_pack_are_stored_again(
 
 
 def whole_but_for(place: Workbench, one: BackupSummary, pack: Path | None) -> None:
-    """`check` names the lost pack and the sets that it hurts, and `one` is not among them.
-
-    `pack` None: what was damaged in it is stored anew, and the rest of it is as good as ever.
-    """
+    """`check` names the lost pack and the sets that it hurts, not `one` among them; without `pack`, nothing."""
     with place.open() as repository:
         found = check(repository, Silent(), read_data="all")
     if pack is None:
