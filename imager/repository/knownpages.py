@@ -31,9 +31,10 @@ def block_size(repository: Repository, public: Public) -> int | None:
             continue
         place, level = root_place(root), root.level
         try:
-            targets = reader.page(place)[1].targets
+            targets = reader.page(place, level)[1].targets
             while level and targets:
-                targets, level = reader.page(targets[0])[1].targets, level - 1
+                level -= 1
+                targets = reader.page(targets[0], level)[1].targets
             lengths = [_plain_length(repository, one) for one in targets[:2]]
         except IntegrityError:
             continue  # It is told by check; a backup just begins a new map.

@@ -49,9 +49,9 @@ class PublicPage:
     targets: tuple[Place, ...]
 
 
-def parse_page(record: bytes, place: Place) -> PublicPage:
-    """The public part of a page's record. Raises `IntegrityError`."""
-    if len(record) < RECORD_HEAD + 4 + _PAGE_HEAD.size:
+def parse_page(record: bytes, place: Place, level: int) -> PublicPage:
+    """The public part of a page's record. Raises `IntegrityError` where it is none, or of another level."""
+    if len(record) != place.length or len(record) < RECORD_HEAD + 4 + _PAGE_HEAD.size:
         raise IntegrityError("its record is cut short")
     magic, kind, codec, _, _, payload, identity, _, check = _HEAD.unpack_from(record)
     if magic != b"IREC" or check != _native.xxh3(record[:60]) & 0xFFFFFFFF:
@@ -61,14 +61,18 @@ def parse_page(record: bytes, place: Place) -> PublicPage:
     public = int.from_bytes(record[RECORD_HEAD : RECORD_HEAD + 4], "little")
     if not _PAGE_HEAD.size <= public <= len(record) - RECORD_HEAD - 4:
         raise IntegrityError("its public part has an impossible length")
-    level, version, packs, targets, _ = _PAGE_HEAD.unpack_from(record, RECORD_HEAD + 4)
+    own, version, packs, targets, reserved = _PAGE_HEAD.unpack_from(record, RECORD_HEAD + 4)
     at = RECORD_HEAD + 4 + _PAGE_HEAD.size
-    if version != 1 or level > 7 or packs > _MOST or targets > _MOST:
+    if own != level:
+        raise IntegrityError("it is a page of another level")
+    if version != 1 or reserved or own > 7 or packs > _MOST or targets > _MOST:
         raise IntegrityError("its public part is of another version, or out of bounds")
     if public != _PAGE_HEAD.size + 32 * packs + _TARGET.size * targets:
         raise IntegrityError("its public part has an impossible length")
     names = tuple(record[at + 32 * n : at + 32 * n + 32] for n in range(packs))
-    names = tuple(place.pack if name == _SELF and level else name for name in names)
+    if not level and _SELF in names:
+        raise IntegrityError("it names its own pack for blocks")
+    names = tuple(place.pack if name == _SELF else name for name in names)
     at += 32 * packs
     found: list[Place] = []
     for number, offset, length, target in _TARGET.iter_unpack(record[at : at + _TARGET.size * targets]):
@@ -85,20 +89,20 @@ class PublicReader:
         self.repository = repository
         self._frames: OrderedDict[bytes, dict[int, bytes]] = OrderedDict()
 
-    def page(self, place: Place) -> tuple[Place, PublicPage]:
-        """A page, and where it was found. Raises `IntegrityError`; `Gone`, `StorageError` of the storage."""
+    def page(self, place: Place, level: int) -> tuple[Place, PublicPage]:
+        """A page of this level, and where it was found. Raises `IntegrityError`, `Gone`, `StorageError`."""
         try:
-            return place, self._at(place)
+            return place, self._at(place, level)
         except IntegrityError:
             tried = {(self.repository.names.intern(place.pack), place.offset)}
             while (other := self._find(place.id, tried)) is not None:
                 try:
-                    return other, self._at(other)
+                    return other, self._at(other, level)
                 except IntegrityError:
                     continue
             raise
 
-    def _at(self, place: Place) -> PublicPage:
+    def _at(self, place: Place, level: int) -> PublicPage:
         number = self.repository.names.intern(place.pack)
         digest = self._digests(place.pack, number).get(place.offset)
         if digest is None:
@@ -106,7 +110,7 @@ class PublicReader:
         record = self.repository.read_page(number, place.offset, place.length)
         if _native.blake3(record[RECORD_HEAD:]) != digest:
             raise IntegrityError("its record is damaged")
-        return parse_page(record, place)
+        return parse_page(record, place, level)
 
     def _digests(self, pack: bytes, number: int) -> dict[int, bytes]:
         """Digest of each record's payload, by its offset, as the pack's name vouches for it."""
@@ -189,9 +193,7 @@ def walk(
             continue
         seen.add(place.id)
         try:
-            at, page = reader.page(place)
-            if page.level != level:
-                raise IntegrityError("it is a page of another level")
+            at, page = reader.page(place, level)
         except Gone:
             raise
         except (IntegrityError, StorageError) as error:
@@ -223,7 +225,7 @@ def upper_pages(reader: PublicReader, roots: Iterable[Root | None]) -> Iterator[
             continue
         seen.add(place.id)
         try:
-            _, page = reader.page(place)
+            _, page = reader.page(place, level)
         except Gone:
             raise
         except (IntegrityError, StorageError):

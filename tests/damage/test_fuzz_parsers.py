@@ -276,7 +276,7 @@ def test_public_parts_of_pages(worlds: dict[str, World], data: st.DataObject, se
     place = public.Place(
         bytes.fromhex(root["pack"]), root["offset"], root["length"], bytes.fromhex(root["id"])
     )
-    good = public.parse_page(bytes(record), place)
+    good = public.parse_page(bytes(record), place, root["level"])
     assert good.targets and all(target.length >= 64 for target in good.targets)
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(60, len(record) - 4) | st.integers(64, 84))
@@ -285,10 +285,11 @@ def test_public_parts_of_pages(worlds: dict[str, World], data: st.DataObject, se
     check = struct.pack("<I", _native.xxh3(bytes(record[:60])) & 0xFFFFFFFF)
     record[60:64] = check
     cut = data.draw(st.sampled_from([len(record), 0, 63, 64, 68, 76, len(record) - 1]))
+    level = data.draw(st.sampled_from([root["level"], 0, 1, 7]))
     hostile = bytes(record[:cut])
     shorter = public.Place(place.pack, place.offset, data.draw(st.sampled_from([cut, len(record)])), place.id)
     try:
-        page = public.parse_page(hostile, shorter)
+        page = public.parse_page(hostile, shorter, level)
     except ImagerError:
         return
     assert len(page.targets) <= 512

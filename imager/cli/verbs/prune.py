@@ -66,14 +66,13 @@ def command(
     for: packs that one of them may still count on are condemned, and go in a later run. It can
     be stopped, or killed, at any time.
     """
-    place = shell.repository_name()
-    from imager.repository.keyless import open_keyless
+    opening = shell.open_keyless(writing=True)
     from imager.repository.prune import Prune, PruneOptions
 
     options = PruneOptions(max_unused, max_rewrite, max_minutes, fence, fence_older, despite_damage)
     with (
         shell.reporter() as reporter,
-        open_keyless(shell.storage(place), writing=True) as repository,
+        opening() as repository,
         Prune(repository, options, reporter, dry_run=dry_run) as work,
     ):
         plan = work.plan()

@@ -273,7 +273,7 @@ def test_blocks_of_a_lost_pack_are_stored_again(
 
 
 def whole_but_for(place: Workbench, one: BackupSummary, pack: Path | None) -> None:
-    """`check` names the lost pack and the sets that it hurts, not `one` among them; without `pack`, nothing."""
+    """`check` names the lost pack and the sets that it hurts, not `one`; without `pack`, nothing."""
     with place.open() as repository:
         found = check(repository, Silent(), read_data="all")
     if pack is None:

@@ -609,7 +609,7 @@ def test_no_page_is_too_hostile_to_parse(data: st.DataObject) -> None:
     if data.draw(st.booleans()):
         record[data.draw(st.integers(0, len(record) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     try:
-        page = parse_page(bytes(record), Place(b"p" * 32, 72, len(record), bytes(32)))
+        page = parse_page(bytes(record), Place(b"p" * 32, 72, len(record), bytes(32)), public[0])
     except IntegrityError:
         return
     assert len(page.targets) <= 512 and len(page.packs) <= 512
