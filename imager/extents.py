@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 
-@dataclass(frozen=True, slots=True)
-class Extents:
+class Extents(Struct, frozen=True):
     """A set of half-open ranges `(start, end)`, in bytes unless the caller says blocks."""
 
     ranges: tuple[tuple[int, int], ...] = ()

@@ -8,8 +8,10 @@ size is bounded (`MAX_LAYOUT`), whatever the source says of itself.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
 from typing import Any
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from imager.capture.system import System
 from imager.device import efi, luks, lvm, md
@@ -25,8 +27,7 @@ _MAX_TEXT = 256 << 10
 _ESP, _BIOS_BOOT = "c12a7328-f81f-11d2-ba4b-00a0c93ec93b", "21686148-6449-6e6f-744e-656564454649"
 
 
-@dataclass(frozen=True, slots=True)
-class Volume:
+class Volume(Struct, frozen=True):
     """A partition, a logical volume, or a whole disk without partitions, and what it holds.
 
     `name`: the partition's number, `group/volume`, or "". `start`: its first byte on the disk, None
@@ -51,8 +52,7 @@ class Volume:
     problems: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(Struct, frozen=True):
     """What a disk held when it was imaged. Sizes in bytes.
 
     `sector`: its logical sector. `boot`: how it can be started, as far as its own structures tell
@@ -71,8 +71,7 @@ class Layout:
     problems: tuple[str, ...] = field(default=())
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(Struct, frozen=True):
     """What is known of a source beside its bytes. `device`: its path where it is a device.
 
     `mounts`: where partitions are mounted, by their first byte. `running`: the running system stands on it.

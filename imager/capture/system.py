@@ -7,7 +7,8 @@ no sense leaves its field empty.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from imager.capture.files import Files
 
@@ -32,8 +33,7 @@ _LOADERS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Mount:
+class Mount(Struct, frozen=True):
     """A line of fstab."""
 
     spec: str
@@ -42,8 +42,7 @@ class Mount:
     options: str
 
 
-@dataclass(frozen=True, slots=True)
-class Crypt:
+class Crypt(Struct, frozen=True):
     """A line of crypttab. `key`: where the key comes from, `none` or `-` for a passphrase."""
 
     name: str
@@ -52,8 +51,7 @@ class Crypt:
     options: str
 
 
-@dataclass(frozen=True, slots=True)
-class System:
+class System(Struct, frozen=True):
     """What a filesystem holds of an operating system. Empty where it has none of it.
 
     `id`, `version`, `name`: of os-release. `kernels`: their versions. `initramfs`: the tools that make it.

@@ -23,10 +23,11 @@ import io
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import msgspec
+from msgspec import Struct
+from msgspec.structs import asdict
 
 from imager.changes.collect import Collector
 from imager.changes.provider import Changes, Request, Unknown
@@ -43,8 +44,7 @@ _COARSER = "make a map of a coarser grain"
 _HINT = "a map is a bmap file (XML), a GNU ddrescue mapfile, or JSON with a list `extents`"
 
 
-@dataclass(frozen=True, slots=True)
-class GivenMap:
+class GivenMap(Struct, frozen=True):
     """A map as read from `path`, in bytes. `size` is the image's, None where the map does not say."""
 
     path: str

@@ -10,7 +10,8 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from imager.changes.provider import ZERO, Changes, Request
 from imager.extents import Extents
@@ -64,8 +65,7 @@ def is_hole(fd: int, start: int, end: int) -> bool:
     return next(walk(fd, start, end), None) is None
 
 
-@dataclass(frozen=True, slots=True)
-class Holes:
+class Holes(Struct, frozen=True):
     """What is not a hole must be read; a hole is zeroes, whatever the base holds there."""
 
     name: str = "holes"

@@ -12,8 +12,9 @@ manifest, and finds it again as `Request.token` at the next.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from msgspec import Struct, field
 
 from imager.device.identity import Identity
 from imager.extents import Extents
@@ -22,8 +23,7 @@ UNCHANGED = "unchanged"
 ZERO = "zero"
 
 
-@dataclass(frozen=True, slots=True)
-class Changes:
+class Changes(Struct, frozen=True):
     """Extents (bytes) that may differ from the base.
 
     `source` says where the answer comes from, for the set's manifest.
@@ -39,15 +39,13 @@ class Changes:
     elsewhere: str = UNCHANGED
 
 
-@dataclass(frozen=True, slots=True)
-class Unknown:
+class Unknown(Struct, frozen=True):
     """No usable answer; `reason` completes the sentence "the map is not used: ..."."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Base:
+class Base(Struct, frozen=True):
     """The state that changes are counted from: an image of an earlier set."""
 
     set_id: str  # 32 hexadecimal digits
@@ -56,8 +54,7 @@ class Base:
     source: Mapping[str, Any] = field(default_factory=dict)  # its identity, as the manifest keeps it
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(Struct, frozen=True):
     """What is going to be read, and since when. `fd` is open for reading."""
 
     fd: int

@@ -5,14 +5,13 @@ Invariant: it names every byte, so nothing can be missed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from imager.changes.provider import Changes, Request
 from imager.extents import Extents
 
 
-@dataclass(frozen=True, slots=True)
-class HashScan:
+class HashScan(Struct, frozen=True):
     """Everything may have changed; the engine's comparison finds what did."""
 
     name: str = "scan"

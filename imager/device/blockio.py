@@ -10,7 +10,8 @@ import errno
 import os
 import stat
 import struct
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from imager.device import ioctl, sysfs
 from imager.errors import TargetError
@@ -24,16 +25,14 @@ _SPAN = 1 << 30  # one zeroing call at most, so that it can be interrupted
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.ENOSYS, errno.EPERM)
 
 
-@dataclass(frozen=True, slots=True)
-class Alignment:
+class Alignment(Struct, frozen=True):
     """What direct I/O asks of memory addresses and of offsets and lengths."""
 
     memory: int
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
-class ZeroCapability:
+class ZeroCapability(Struct, frozen=True):
     """What a target can do for zeroes without their being sent."""
 
     discard: bool  # says "no longer needed"; reads are then undefined

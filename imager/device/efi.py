@@ -12,7 +12,8 @@ from __future__ import annotations
 import os
 import re
 import struct
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from imager.device.partition_table import guid_text
 
@@ -23,8 +24,7 @@ _MOST = 256
 _LONGEST = 64 << 10
 
 
-@dataclass(frozen=True, slots=True)
-class BootEntry:
+class BootEntry(Struct, frozen=True):
     """An entry. `number`: four hexadecimal digits; `order`: its place in the boot order, None: not in it.
 
     `partition`: the GUID of the partition (or the signature of the MBR) that it names; `path`: the file

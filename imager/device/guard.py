@@ -13,10 +13,12 @@ import fcntl
 import os
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from imager.device import blockio, guard_checks, rescue_table
 from imager.device.guard_checks import Reason, aliases
@@ -25,8 +27,7 @@ from imager.device.machine import Machine
 from imager.errors import GuardRefused, NotConfirmed, SourceError
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(Struct, frozen=True):
     """What is to be written where: all that the guard judges by."""
 
     target: str
@@ -37,8 +38,7 @@ class Request:
     whole_disk: bool | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(Struct, frozen=True):
     """What the guard found. `identity` is None where nothing is there yet."""
 
     request: Request
@@ -60,8 +60,7 @@ class Verdict:
             raise refused(self.path, self.reasons)
 
 
-@dataclass(frozen=True, slots=True)
-class Confirmed:
+class Confirmed(Struct, frozen=True):
     """A verdict whose device was named. Made by `confirm`."""
 
     verdict: Verdict

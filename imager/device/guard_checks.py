@@ -10,7 +10,8 @@ import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from imager.device.identity import Identity
 from imager.device.machine import SYSTEM_PATHS, Machine
@@ -21,8 +22,7 @@ from imager.units import format_size
 _STRONG = ("wwn:", "serial:", "dm:", "md:", "file:")
 
 
-@dataclass(frozen=True, slots=True)
-class Reason:
+class Reason(Struct, frozen=True):
     """Why a target is refused. `code` is a stable word for `--json`."""
 
     code: str

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from imager.errors import SourceError, UsageError
 
@@ -23,8 +24,7 @@ SYS = "/sys"
 _DEPTH = 8  # loops over loops over ...
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(Struct, frozen=True):
     """One source or target at one moment.
 
     `kind` is disk, partition, loop, dm, md, rom, file or stream. `dev` is the

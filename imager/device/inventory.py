@@ -7,7 +7,7 @@ be read is listed with what is known. Every value is plain data, ready for
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from msgspec import Struct, field
 
 from imager.device.guard import Request, examine_device
 from imager.device.identity import Identity, identify_node
@@ -19,8 +19,7 @@ from imager.units import format_size
 _DEPTH = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Device:
+class Device(Struct, frozen=True):
     """One device. `children` are its partitions and what stands on it (dm, md, loop)."""
 
     name: str

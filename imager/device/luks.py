@@ -13,8 +13,9 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct, field
 
 from imager.device.partition_table import Read
 
@@ -27,8 +28,7 @@ _ACTIVE = 0x00AC71F3
 _MAX_SLOTS = 32
 
 
-@dataclass(frozen=True, slots=True)
-class KeySlot:
+class KeySlot(Struct, frozen=True):
     """A slot in use. `kdf`: pbkdf2, argon2i or argon2id. `iterations`: its cost in time, `memory` in KiB."""
 
     number: int
@@ -38,8 +38,7 @@ class KeySlot:
     threads: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Luks:
+class Luks(Struct, frozen=True):
     """A header. `payload`: where the encrypted data begins, in bytes; `payload_size`: None for the rest.
 
     `tokens`: their types (systemd-tpm2, clevis ...).

@@ -12,8 +12,9 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from imager.device import lvm_text
 from imager.device.lvm_text import Section
@@ -31,24 +32,21 @@ _MAX_SEGMENTS = 65536
 _MOST = 1 << 62
 
 
-@dataclass(frozen=True, slots=True)
-class Area:
+class Area(Struct, frozen=True):
     """A range of a physical volume, in bytes."""
 
     start: int
     size: int
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(Struct, frozen=True):
     """A place of a segment: `on` a physical volume (`pv0`) or another logical volume, from `extent`."""
 
     on: str
     extent: int
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(Struct, frozen=True):
     """A run of a logical volume, in extents.
 
     `type`: striped (linear where it has one piece), mirror, raid1 ... `each`: how many extents it takes of
@@ -64,8 +62,7 @@ class Segment:
     refers: tuple[tuple[str, str], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class LogicalVolume:
+class LogicalVolume(Struct, frozen=True):
     """A logical volume. `kind`: linear, striped, mirror, thin, thin-pool, raid1 ... `size` in bytes."""
 
     name: str
@@ -77,8 +74,7 @@ class LogicalVolume:
     segments: tuple[Segment, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(Struct, frozen=True):
     """A physical volume of the group. `device`: where it was seen last, a hint. Sizes and places in bytes."""
 
     name: str
@@ -90,8 +86,7 @@ class Member:
     status: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class VolumeGroup:
+class VolumeGroup(Struct, frozen=True):
     """A volume group as its metadata tells. `extent`: bytes. `sequence`: grows with every change."""
 
     name: str
@@ -103,8 +98,7 @@ class VolumeGroup:
     volumes: tuple[LogicalVolume, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class PhysicalVolume:
+class PhysicalVolume(Struct, frozen=True):
     """A label, and the metadata that stands on this device.
 
     `group` is None for a volume of no group, or where `problems` say why it could not be read. `text`: the

@@ -10,7 +10,8 @@ and checksums: drivers/md/md.c (`super_90_load`, `super_1_load`, `calc_sb_csum`,
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from imager.device.partition_table import Read
 
@@ -24,8 +25,7 @@ _LEVELS = {-4: "multipath", -1: "linear", -5: "faulty", 0: "raid0"}
 _SECTOR = 512
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(Struct, frozen=True):
     """What a member says of its array. Sizes and places in bytes.
 
     `version`: 0.90, 1.0, 1.1 or 1.2. `role`: the number of its slot, or spare, faulty, journal.

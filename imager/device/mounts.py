@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from imager.device.sysfs import device_number
 
 
-@dataclass(frozen=True, slots=True)
-class Mount:
+class Mount(Struct, frozen=True):
     """One mount. `dev` is the filesystem's device number, anonymous for some."""
 
     dev: int
@@ -32,8 +32,7 @@ class Mount:
         return [value for key, _, value in (o.partition("=") for o in split) if key in keys and value]
 
 
-@dataclass(frozen=True, slots=True)
-class Swap:
+class Swap(Struct, frozen=True):
     """One active swap area: a device's or a file's path."""
 
     path: str

@@ -11,7 +11,8 @@ import struct
 import uuid
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 Read = Callable[[int, int], bytes]
 """`read(offset, length)`; it may return less at the end."""
@@ -23,8 +24,7 @@ _MAX_ENTRY_SIZE = 4096
 _EXTENDED = (0x05, 0x0F, 0x85)
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(Struct, frozen=True):
     """One partition, in bytes. `type` is a GUID, or two hex digits in an MBR."""
 
     number: int
@@ -35,8 +35,7 @@ class Entry:
     name: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
+class Table(Struct, frozen=True):
     """A table: `scheme` is gpt or dos. Logical partitions of an MBR are not walked."""
 
     scheme: str

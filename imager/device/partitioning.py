@@ -14,7 +14,8 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from imager.device.partition_table import Read, guid_text, is_filesystem
 from imager.extents import Extents
@@ -32,8 +33,7 @@ _MBR_ENTRY = struct.Struct("<B3sB3sII")
 _EXTENDED = frozenset((0x05, 0x0F, 0x85))
 
 
-@dataclass(frozen=True, slots=True)
-class Partition:
+class Partition(Struct, frozen=True):
     """One entry, in bytes. `type`: a GUID, or two hexadecimal digits in an MBR.
 
     `attributes`: the 64 bits of a GPT entry, or the status byte of an MBR entry (0x80: active).
@@ -56,8 +56,7 @@ class Partition:
         return self.start + self.size
 
 
-@dataclass(frozen=True, slots=True)
-class Gap:
+class Gap(Struct, frozen=True):
     """Bytes that no partition holds. `data`: what of the looked-at part is not zero, in bytes."""
 
     start: int
@@ -66,8 +65,7 @@ class Gap:
     looked_at: int
 
 
-@dataclass(frozen=True, slots=True)
-class Partitioning:
+class Partitioning(Struct, frozen=True):
     """A partition table and what lies around it.
 
     `scheme`: gpt or dos. `sector`: what its addresses count in. `mbr`: protective, hybrid, plain, or none.
@@ -89,8 +87,7 @@ class Partitioning:
     problems: tuple[str, ...] = ()
 
 
-@dataclass(slots=True)
-class _Gpt:
+class _Gpt(Struct):
     """One of the two tables, found whole."""
 
     at: int
@@ -103,8 +100,7 @@ class _Gpt:
     entries_at: int
 
 
-@dataclass(slots=True)
-class _Found:
+class _Found(Struct):
     """What is gathered on the way."""
 
     problems: list[str] = field(default_factory=list)
@@ -273,7 +269,7 @@ def _dos(read: Read, size: int, sector: int, mbr: bytes) -> Partitioning | None:
 
 
 def _named(entry: Partition, disk: str | None) -> Partition:
-    from dataclasses import replace
+    from msgspec.structs import replace
 
     return replace(entry, uuid=f"{disk}-{entry.number:02x}") if disk else entry
 

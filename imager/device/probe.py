@@ -7,8 +7,9 @@ cannot be had (no permission, no tool, unreadable) is an empty `Content`.
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from imager import command
 from imager.errors import CommandError
@@ -16,8 +17,7 @@ from imager.errors import CommandError
 _NOTHING, _AMBIGUOUS = 2, 8  # blkid's exit codes
 
 
-@dataclass(frozen=True, slots=True)
-class Content:
+class Content(Struct, frozen=True):
     """A signature. `type` is blkid's word: ext4, xfs, swap, LVM2_member, crypto_LUKS ..."""
 
     type: str | None = None

@@ -12,8 +12,9 @@ import os
 import re
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
+
+from msgspec.structs import asdict
 
 from imager import command
 from imager.device import blockio

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 SYS = "/sys"
 SECTOR = 512  # the unit of `size` and `start` in sysfs, whatever the device's own
 _PARENTS = 16  # how far up a device's path a USB serial is looked for
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
+class Node(Struct, frozen=True):
     """One block device. `kind` is disk, partition, loop, dm, md or rom."""
 
     name: str

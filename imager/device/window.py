@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import mmap
 import os
-from dataclasses import dataclass
 from typing import Protocol
+
+from msgspec import Struct
 
 _PAGE = 4096
 LIMIT = 64 << 20
 """The most that one structure is read as, in bytes: who asks for more has met a lie."""
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
+class Window(Struct, frozen=True):
     """The bytes `[start, start + size)` of the open descriptor `fd`. Offsets count from `start`.
 
     The descriptor may be one for direct reads (O_DIRECT).
@@ -54,8 +54,7 @@ class Window:
         return Window(self.fd, self.start + begin, max(0, min(size, self.size - begin)))
 
 
-@dataclass(frozen=True, slots=True)
-class Spread:
+class Spread(Struct, frozen=True):
     """Several windows as one, in their order: a logical volume in pieces, say."""
 
     parts: tuple[Window, ...]

@@ -11,8 +11,10 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from msgspec import Struct, field
+from msgspec.structs import asdict
 
 from imager import __version__, _native
 from imager._native import DATA, ZERO, Slots
@@ -50,8 +52,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class ImageSummary:
+class ImageSummary(Struct, frozen=True):
     """What imaging one source came to. Extents as (start, length) in bytes."""
 
     disk: str
@@ -69,8 +70,7 @@ class ImageSummary:
     unreadable: tuple[tuple[int, int], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class BackupSummary:
+class BackupSummary(Struct, frozen=True):
     """A finished set. `bytes_stored`: all that was written to the repository.
 
     `by_content`: the key cannot read earlier sets, so all was read and looked up by its content.
@@ -120,8 +120,7 @@ class _Locked:
             self._reporter.warn(text, hint=hint)
 
 
-@dataclass(slots=True)
-class _Lane:
+class _Lane(Struct):
     """One source while it is imaged."""
 
     source: SourcePlan

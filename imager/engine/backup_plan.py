@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from imager.engine.source import SourcePlan, lineage_name, plan_sources
 from imager.errors import ImagerError, UsageError, WrongKey
@@ -26,8 +27,7 @@ STRATEGIES = ("auto", "full", "incremental", "differential")
 _CODECS = {"none": 0, "lz4": 1, "zstd": 2}
 
 
-@dataclass(frozen=True, slots=True)
-class BackupOptions:
+class BackupOptions(Struct, frozen=True):
     """What is asked for. `block_size` in bytes, None: by device size or base. `changed`: a map file."""
 
     name: str | None = None
@@ -40,8 +40,7 @@ class BackupOptions:
     threads: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class BackupPlan:
+class BackupPlan(Struct, frozen=True):
     """What is going to be done. `base` is a set's id, `seen` the ids of all sets that were there."""
 
     name: str

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from imager._native import ReadError, Slots, Vault, non_zero, scan
 from imager.engine.windows import SEGMENT_BYTES, Ranges, Window, runs_of
@@ -18,8 +19,7 @@ from imager.events import Reporter
 from imager.extents import Extents
 
 
-@dataclass(frozen=True, slots=True)
-class Geometry:
+class Geometry(Struct, frozen=True):
     """An image's size and block size in bytes."""
 
     size: int
@@ -46,8 +46,7 @@ class Geometry:
         return blocks.scale(self.block_size).clip(self.size)
 
 
-@dataclass(frozen=True, slots=True)
-class Readable:
+class Readable(Struct, frozen=True):
     """What is compared. `direct`: opened with O_DIRECT. `sparse`: its holes can be asked for.
 
     `failure` is the class of error that a failing read becomes.

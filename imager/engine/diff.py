@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from imager._native import ReadError, compare_files
 from imager.engine import images
@@ -28,8 +29,7 @@ GRAIN = 4096
 "Grain of a comparison of contents, in bytes."
 
 
-@dataclass(frozen=True, slots=True)
-class Side:
+class Side(Struct, frozen=True):
     """One of the two. `kind`: set or file; `set` and `digest` name a set, `source` is its identity."""
 
     name: str
@@ -40,8 +40,7 @@ class Side:
     disk: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class DiffSummary:
+class DiffSummary(Struct, frozen=True):
     """What differs. `extents` in bytes (encoded as [start, length]); `size` of the larger side.
 
     `base` and `source` let the JSON form be given to `backup --changed`.

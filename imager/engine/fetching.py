@@ -7,7 +7,8 @@ image and is never written; the rest of its slice is.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from imager._native import Failure, Gather, Slots, fetch
 from imager.engine.compare import Geometry
@@ -27,8 +28,7 @@ _PACKS = 256
 "Packs of one slice: each is an open descriptor."
 
 
-@dataclass(frozen=True, slots=True)
-class Damage:
+class Damage(Struct, frozen=True):
     """A part of a disk that the repository cannot give back. `start` and `length` in bytes."""
 
     disk: str

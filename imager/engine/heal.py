@@ -10,7 +10,9 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from imager import _native
 from imager._native import DATA
@@ -32,8 +34,7 @@ from imager.units import MIB
 _BATCH = 16 * MIB
 
 
-@dataclass(frozen=True, slots=True)
-class Spot:
+class Spot(Struct, frozen=True):
     """Where a lost block lies: its bytes in the image, and its record, as the map says."""
 
     offset: int

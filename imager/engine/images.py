@@ -8,8 +8,9 @@ damaged map page is an error unless the caller asks to be told instead.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct, field
 
 from imager._native import DATA, ZERO
 from imager.engine.compare import Geometry
@@ -27,8 +28,7 @@ OnDamage = Callable[[int, int, str], None]
 """`on_damage(first, count, reason)`: these blocks' map page cannot be read."""
 
 
-@dataclass(slots=True)
-class Image:
+class Image(Struct):
     """One disk of a set."""
 
     repository: Repository

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import groupby
+
+from msgspec import Struct
 
 from imager import _native
 from imager._native import Slots
@@ -36,8 +37,7 @@ _MAX_PENDING = 2048
 _MAX_LEAVES = 1024
 
 
-@dataclass(slots=True)
-class Figures:
+class Figures(Struct):
     """What imaging one source came to."""
 
     blocks_read: int = 0
@@ -49,8 +49,7 @@ class Figures:
     bytes_stored: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Imaged:
+class Imaged(Struct, frozen=True):
     """An image that is read: its size, what of it could not be (start, length)."""
 
     size: int
@@ -58,8 +57,7 @@ class Imaged:
     figures: Figures
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
+class Settings(Struct, frozen=True):
     """How blocks are read and stored. codec: 0 none, 1 lz4, 2 zstd; threads 0: one for each core."""
 
     block_size: int

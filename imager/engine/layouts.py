@@ -7,8 +7,9 @@ said in the layout itself.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
 
 from imager._native import DATA, UNUSED, ZERO
 from imager.errors import TargetError
@@ -61,8 +62,7 @@ def read(image: Image) -> Layout | None:
     return layout.from_plain(image.layout)
 
 
-@dataclass(frozen=True, slots=True)
-class Occupied:
+class Occupied(Struct, frozen=True):
     """What an image has of a disk, in bytes. `changed` is None where the set's base is none, or gone."""
 
     data: Extents

@@ -8,8 +8,9 @@ figure stands beside the picture as text.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from xml.sax.saxutils import escape
+
+from msgspec import Struct
 
 from imager.capture.layout import Layout, Volume, partition_of
 from imager.engine.layouts import Occupied
@@ -25,8 +26,7 @@ _PALETTE = ("#2f6f9f", "#3c8d5a", "#8a5fb0", "#b0713a", "#a8485f", "#4d7f86", "#
 _CHANGED, _LOST, _INK, _PALE = "#e07b00", "#c3002f", "#1d2733", "#5b6875"
 
 
-@dataclass(frozen=True, slots=True)
-class Disk:
+class Disk(Struct, frozen=True):
     """One disk of a set. `base`: what it is compared with, in words; None where with nothing."""
 
     name: str
@@ -36,8 +36,7 @@ class Disk:
     base: str | None
 
 
-@dataclass(slots=True)
-class _Row:
+class _Row(Struct):
     colour: str | None
     cells: tuple[str, str, str, str]
     indent: int = 0

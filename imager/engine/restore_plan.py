@@ -12,6 +12,8 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from msgspec import Struct
+
 from imager.device import guard
 from imager.engine import images
 from imager.engine.compare import Geometry
@@ -29,8 +31,7 @@ SHOWN = 8
 "Extents that a message lists."
 
 
-@dataclass(frozen=True, slots=True)
-class RestoreOptions:
+class RestoreOptions(Struct, frozen=True):
     """What is asked for. `disk`: which, where the set has several. `threads` 0: one for each core."""
 
     disk: str | None = None
@@ -98,8 +99,7 @@ class RestorePlan:
         return lines + [f"warning: {text}" for text in self.warnings]
 
 
-@dataclass(frozen=True, slots=True)
-class RestoreSummary:
+class RestoreSummary(Struct, frozen=True):
     """What a restore did; sizes in bytes. `verified`: all was read back and is equal."""
 
     set: str

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from imager.device.identity import Identity, identify
 from imager.errors import SourceError, UsageError
@@ -16,8 +17,7 @@ from imager.repository.imageset import check_name
 from imager.units import format_size
 
 
-@dataclass(frozen=True, slots=True)
-class SourcePlan:
+class SourcePlan(Struct, frozen=True):
     """One source. `disk`: its name within the set. `size`: bytes, 0 for a stream, which tells at its end."""
 
     path: str
@@ -71,8 +71,7 @@ def _unique(text: str, taken: set[str]) -> str:
     return f"{text}-{number}"
 
 
-@dataclass(frozen=True, slots=True)
-class Opened:
+class Opened(Struct, frozen=True):
     """A source that is open. The caller closes `fd`."""
 
     fd: int

@@ -10,7 +10,8 @@ import errno
 import os
 import sys
 import time
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from imager.engine import images
 from imager.engine.fetching import Fetcher, gather_of, merged
@@ -63,8 +64,7 @@ class Streamer:
         os.close(self.fd)
 
 
-@dataclass(frozen=True, slots=True)
-class StreamSummary:
+class StreamSummary(Struct, frozen=True):
     """What was handed on, in bytes. A stream cannot be read back: `verified` is False."""
 
     set: str

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from imager.engine import images, verified
 from imager.engine.compare import Comparer, Readable, open_readable
@@ -22,8 +23,7 @@ from imager.extents import Extents
 from imager.repository.repository import Repository
 
 
-@dataclass(frozen=True, slots=True)
-class VerifySummary:
+class VerifySummary(Struct, frozen=True):
     """What a verification found; sizes in bytes.
 
     `blocks` hold data, `bytes` is what they hold, `stored` what was read for

@@ -8,7 +8,8 @@ window, and there either in `ranges` (with its slot) or in `runs` (zeroes).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from imager._native import DATA, Slots
 from imager.units import MIB
@@ -23,8 +24,7 @@ Piece = tuple[int, int, Slots | int]
 "What a walk over a map yields: first block, number of blocks, their slots or their one type."
 
 
-@dataclass(slots=True)
-class Window:
+class Window(Struct):
     """Blocks `[first, end)`, as far as the walk covered them."""
 
     first: int

@@ -14,7 +14,9 @@ from __future__ import annotations
 import struct
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from imager.device.window import Readable
 from imager.filesystem import swap
@@ -24,8 +26,7 @@ _FOLDER = 64 << 10
 """So much of a root folder is searched for a label."""
 
 
-@dataclass(frozen=True, slots=True)
-class Filesystem:
+class Filesystem(Struct, frozen=True):
     """What a superblock says. `block`: unit of allocation, `size`: of the filesystem, both in bytes.
 
     `devices`: of how many devices it is made (btrfs).

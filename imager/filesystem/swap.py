@@ -10,7 +10,8 @@ signatures of hibernation: kernel/power/swap.c (`S1SUSPEND`), util-linux libblki
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from imager.device.window import Readable, Window
 from imager.extents import Extents
@@ -20,8 +21,7 @@ _PAGES = (4096, 8192, 16384, 32768, 65536)
 _SUSPENDED = (b"S1SUSPEND", b"S2SUSPEND", b"ULSUSPEND", b"LINHIB0001", b"\xed\xc3\x02\xe9\x98\x56\xe5\x0c")
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(Struct, frozen=True):
     """The first page. `page`: bytes of one, `pages`: how many there are, `suspended`: a system lies in it."""
 
     page: int

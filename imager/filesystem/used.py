@@ -8,14 +8,14 @@ say: damage, an unreplayed log, an unknown feature are all `Unknown`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
+
+from msgspec import Struct
 
 from imager.extents import Extents
 
 
-@dataclass(frozen=True, slots=True)
-class Used:
+class Used(Struct, frozen=True):
     """Bytes in use, counted from the filesystem's first byte, within its device or partition.
 
     All else may be left out of an image: the filesystem passes its checker and
@@ -29,8 +29,7 @@ class Used:
     kind: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Unknown:
+class Unknown(Struct, frozen=True):
     """No map: `reason` completes the sentence "every block is imaged: ...". `kind` as in `Used`."""
 
     reason: str

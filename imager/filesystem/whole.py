@@ -11,8 +11,9 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from imager.device.partition_table import Entry, is_extended, read_table
 from imager.extents import Extents
@@ -26,8 +27,7 @@ if TYPE_CHECKING:
 _MOUNTED = "it is mounted for writing, and changes while it is read"
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(Struct, frozen=True):
     """A partition (`number`; None: the whole source is one filesystem), in bytes, and what its map said."""
 
     number: int | None
@@ -41,8 +41,7 @@ class Part:
         return self.answer.extents.total if isinstance(self.answer, Used) else self.size
 
 
-@dataclass(frozen=True, slots=True)
-class Whole:
+class Whole(Struct, frozen=True):
     """What is in use of a source, and how it is known, part by part."""
 
     used: Extents

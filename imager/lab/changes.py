@@ -13,8 +13,9 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from imager.lab import content
 from imager.units import KIB
@@ -25,8 +26,7 @@ MKDIR, CREATE, DELETE, OVERWRITE, APPEND, RENAME, CHMOD = (
 _PLAIN = re.compile(r"[A-Za-z0-9._+/-]+")
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+class Change(Struct, frozen=True):
     """One change. Paths are relative to the tree's root."""
 
     what: str

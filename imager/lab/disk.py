@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from imager import command
 from imager.errors import CommandError, UsageError
@@ -25,8 +26,7 @@ _GAP = 768 << 10
 """Where random bytes stand outside any partition, as a boot loader's do."""
 
 
-@dataclass(frozen=True, slots=True)
-class Kind:
+class Kind(Struct, frozen=True):
     """A filesystem that the lab knows. `weight` is its share of the disk's free size."""
 
     name: str
@@ -44,16 +44,14 @@ BTRFS = Kind("btrfs", "L", ("mkfs.btrfs", "btrfs"), (), 256 * MIB, 2)
 KINDS = (ESP, EXT4, XFS, BTRFS)
 
 
-@dataclass(frozen=True, slots=True)
-class LeftOut:
+class LeftOut(Struct, frozen=True):
     """A filesystem that this lab goes without."""
 
     name: str
     why: str
 
 
-@dataclass(frozen=True, slots=True)
-class Partition:
+class Partition(Struct, frozen=True):
     """A place on the disk, in bytes; `mount` says whether it is worked on mounted."""
 
     number: int

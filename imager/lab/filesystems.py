@@ -10,8 +10,9 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from imager.lab import changes, disk, offline, tree
 from imager.lab.disk import BTRFS, ESP, EXT4, XFS, Partition
@@ -21,16 +22,14 @@ from imager.lab.workload import SYSTEM, Filler, Stock
 Progress = Callable[[int], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Changed:
+class Changed(Struct, frozen=True):
     """What a round of changes did to a filesystem."""
 
     counts: Counter[str]
     remark: str
 
 
-@dataclass(frozen=True, slots=True)
-class Filesystem:
+class Filesystem(Struct, frozen=True):
     """A partition, and the folders that the lab works with. `seed` decides its content."""
 
     part: Partition

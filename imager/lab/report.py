@@ -9,7 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from imager.errors import ImagerError
 from imager.events import Reporter
@@ -17,8 +18,7 @@ from imager.lab.disk import LeftOut
 from imager.units import format_duration, format_size
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(Struct, frozen=True):
     """One step. Sizes in bytes; None where a figure has no meaning for the step."""
 
     step: str
@@ -34,8 +34,7 @@ class Row:
     remark: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class LabSummary:
+class LabSummary(Struct, frozen=True):
     """The whole rehearsal."""
 
     ok: bool
@@ -70,8 +69,7 @@ class LabSummary:
         return lines
 
 
-@dataclass(slots=True)
-class Draft:
+class Draft(Struct):
     """A row that is being found out. `figures` are fields of `Row`."""
 
     remark: str = ""

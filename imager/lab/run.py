@@ -15,8 +15,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from imager.errors import ImagerError, Interrupted, StorageError, UsageError
 from imager.events import Reporter
@@ -30,8 +31,7 @@ _SECTOR = 512
 _SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
-@dataclass(frozen=True, slots=True)
-class LabOptions:
+class LabOptions(Struct, frozen=True):
     """What is asked for.
 
     size: of the disk, in bytes. keep: an empty or new folder to work in and to

@@ -11,8 +11,9 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
+
+from msgspec import Struct, field
 
 from imager.device.identity import identify
 from imager.engine import backup, restore, verify
@@ -32,8 +33,7 @@ from imager.units import format_size
 NAME = "lab"
 
 
-@dataclass(slots=True)
-class Rehearsal:
+class Rehearsal(Struct):
     """What the steps work on. `sets`: set id and digest of the disk at that time, in order."""
 
     work: Path

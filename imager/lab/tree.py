@@ -10,15 +10,15 @@ import errno
 import hashlib
 import os
 import stat
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from imager.errors import SourceError
 
 _CHUNK = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
+class Node(Struct, frozen=True):
     """One entry of a tree. `content` is a file's digest or a link's target."""
 
     kind: str  # file, folder, link, other
@@ -75,7 +75,7 @@ def compare(expected: Listing, found: Listing) -> list[str]:
         elif b is None:
             problems.append(f"{path}: missing")
         elif a != b:
-            fields = [name for name in Node.__slots__ if getattr(a, name) != getattr(b, name)]
+            fields = [name for name in Node.__struct_fields__ if getattr(a, name) != getattr(b, name)]
             problems.append(f"{path}: {', '.join(fields)}")
     return problems
 

@@ -12,8 +12,9 @@ import os
 import random
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
+
+from msgspec import Struct, field
 
 from imager.lab import content
 from imager.units import KIB, MIB
@@ -28,8 +29,7 @@ SYSTEM = {
 _LIMIT = 8 * MIB
 
 
-@dataclass(slots=True)
-class Stock:
+class Stock(Struct):
     """What was put into a tree."""
 
     files: int = 0

@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from imager._native import DATA
 from imager.engine import images
@@ -26,8 +27,7 @@ _Place = tuple[bytes, int, int, int]
 """Of a block: its id, and the record's pack number, offset and length."""
 
 
-@dataclass(frozen=True, slots=True)
-class Wound:
+class Wound(Struct, frozen=True):
     """A byte to damage. `extents`: what each set loses by it, in bytes of its disk; `pack` in hex."""
 
     pack: str

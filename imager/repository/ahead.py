@@ -14,7 +14,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from imager._native import Gather
 from imager.errors import IntegrityError
@@ -35,8 +36,7 @@ _GAP = 1 << 20
 "Unwanted bytes that are rather fetched than left out by another call."
 
 
-@dataclass(slots=True)
-class _Pack:
+class _Pack(Struct):
     """One pack of a slice."""
 
     number: int
@@ -45,8 +45,7 @@ class _Pack:
     pieces: list[Future[None]] = field(default_factory=list)
 
 
-@dataclass(slots=True)
-class Slice:
+class Slice(Struct):
     """Records [start, end) of a gather, and the packs to read them from.
 
     `readers`: as `_native.fetch` wants them; `reasons`: why others are not among them.

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from imager import _native
 from imager._native import DATA, Slots
@@ -43,8 +44,7 @@ class DamagedPage(IntegrityError):
         self.reason = reason
 
 
-@dataclass(frozen=True, slots=True)
-class Page:
+class Page(Struct, frozen=True):
     """Where a page lies, and what it covers. `pack` is a number in the repository's names."""
 
     level: int

@@ -10,8 +10,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from functools import partial
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from imager import _native
 from imager.events import Reporter
@@ -31,8 +33,7 @@ _PIECE = 1024
 "After so many packs the record is written, so that a check that is stopped was not in vain."
 
 
-@dataclass(frozen=True, slots=True)
-class PackAge:
+class PackAge(Struct, frozen=True):
     """When a pack was last read back whole (microseconds since 1970 UTC); None: never, as far as known."""
 
     pack: str
@@ -40,8 +41,7 @@ class PackAge:
     read: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Summary:
+class Summary(Struct, frozen=True):
     """What a check found. `packs` counts those there are, `packs_read` those whose bytes were read.
 
     `keyless`: nothing was decrypted. `packs_unread`: packs that no check on record has read whole;
@@ -145,8 +145,7 @@ def _read_packs(found: Survey, chosen: list[str], threads: int, record: Record, 
     found.reporter.end()
 
 
-@dataclass(frozen=True, slots=True)
-class _Read:
+class _Read(Struct, frozen=True):
     """What reading a pack showed. `unknown`: blocks of it that no index segment names."""
 
     problem: str | None = None

@@ -19,10 +19,10 @@ import os
 import random
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
 from fractions import Fraction
 
 import msgspec
+from msgspec import Struct, field
 
 from imager import config
 from imager.errors import ImagerError, IntegrityError, NoRepository, StorageError, UsageError
@@ -45,8 +45,7 @@ _CHANCE = random.SystemRandom()
 # --- what is wished for -------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Wish:
+class Wish(Struct, frozen=True):
     """How much to read: a share of all packs, or, where that is None, so many bytes."""
 
     share: Fraction | None
@@ -95,8 +94,7 @@ class _Kept(msgspec.Struct, frozen=True):
     version: int = 1
 
 
-@dataclass(slots=True)
-class Record:
+class Record(Struct):
     """All that is known of earlier runs. Times in microseconds since 1970 UTC."""
 
     repository: Repository

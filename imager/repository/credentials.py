@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from imager.errors import UsageError, WrongKey
 from imager.repository import recovery_key
@@ -22,8 +23,7 @@ _STANDARD = "-"
 "As the name of a file with a recovery key: ask at the terminal, or read standard input."
 
 
-@dataclass(frozen=True, slots=True)
-class Credentials:
+class Credentials(Struct, frozen=True):
     """The ways a caller offers; what the options leave open, the environment says.
 
     Paths, a descriptor and a command, not secrets. `interactive`: a person at a terminal may

@@ -6,7 +6,7 @@ and range of bytes that cannot be had back because of it, no more, no less.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from msgspec import Struct, field
 
 from imager._native import Known
 from imager.events import Reporter
@@ -15,8 +15,7 @@ from imager.repository.repository import Repository
 from imager.units import format_size
 
 
-@dataclass(frozen=True, slots=True)
-class Hurt:
+class Hurt(Struct, frozen=True):
     """Bytes of one disk of one set that are lost; `extents` as (start, length) in bytes.
 
     `name` and `disk` are empty where no key was given: then only the set is known.
@@ -41,8 +40,7 @@ class Hurt:
         return f"set {self.set[:8]} ({self.name}), disk {self.disk}: {amount} at {shown}{more}"
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(Struct, frozen=True):
     """One damaged, missing or doubtful object.
 
     kind: config, slot, epoch, revocation, session, set, chain, history, tombstone, pin, condemned, pack,
@@ -62,8 +60,7 @@ class Problem:
         return "\n".join(lines)
 
 
-@dataclass(slots=True)
-class Survey:
+class Survey(Struct):
     """What a check in progress knows. Packs are meant by their numbers in `repository.names`."""
 
     repository: Repository

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from imager.errors import NotConfirmed, UsageError
 from imager.events import Reporter
@@ -23,8 +24,7 @@ from imager.units import format_time
 __all__ = ["Choice", "ForgetPlan", "ForgetSummary", "Lineage", "execute", "plan_rules", "plan_sets"]
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(Struct, frozen=True):
     """What becomes of a set. `reasons`: why it stays; none: it is forgotten. `doubt`: about its time."""
 
     set: str
@@ -38,8 +38,7 @@ class Choice:
         return not self.reasons
 
 
-@dataclass(frozen=True, slots=True)
-class Lineage:
+class Lineage(Struct, frozen=True):
     """What becomes of the sets of one lineage, the newest first."""
 
     name: str
@@ -47,8 +46,7 @@ class Lineage:
     choices: tuple[Choice, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class ForgetPlan:
+class ForgetPlan(Struct, frozen=True):
     """What is going to be forgotten, and why the rest stays."""
 
     lineages: tuple[Lineage, ...]
@@ -70,8 +68,7 @@ class ForgetPlan:
         return lines
 
 
-@dataclass(frozen=True, slots=True)
-class ForgetSummary:
+class ForgetSummary(Struct, frozen=True):
     """What was forgotten. `kept`: how many sets of the same lineages are left."""
 
     forgotten: tuple[str, ...]

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from imager import _native
 from imager.errors import IntegrityError
@@ -46,8 +47,7 @@ Origin = tuple[str, int, int]
 _SMALL = {"slot": SLOTS, "epoch": EPOCHS, "revocation": REVOKED, "session": SESSIONS, "set": SETS}
 
 
-@dataclass(slots=True)
-class Wanted:
+class Wanted(Struct):
     """Ids of records that sets refer to and no listed pack holds."""
 
     pages: set[bytes] = field(default_factory=set)
@@ -60,8 +60,7 @@ class Wanted:
         return len(self.pages) + len(self.blocks)
 
 
-@dataclass(slots=True)
-class Healed:
+class Healed(Struct):
     """What came back. `packs`, `objects`: whole, under their own names; `records`: in new packs."""
 
     packs: list[str] = field(default_factory=list)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
+
+from msgspec import Struct
 
 from imager import _native
 from imager.errors import ImagerError, IntegrityError, NoRepository, UsageError, WrongKey
@@ -65,16 +66,14 @@ class NoSuchSet(ImagerError):
     kind = "no-such-set"
 
 
-@dataclass(frozen=True, slots=True)
-class Damaged:
+class Damaged(Struct, frozen=True):
     """A manifest that cannot be used, and why."""
 
     id: str
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
+class Head(Struct, frozen=True):
     """What a set's public part says, its seal not yet checked: enough to choose, not to trust."""
 
     id: str
@@ -86,8 +85,7 @@ class Head:
     previous: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Listing:
+class Listing(Struct, frozen=True):
     """All image sets, oldest first; the damaged ones; ids of aborted sessions."""
 
     sets: tuple[Manifest, ...]
@@ -95,8 +93,7 @@ class Listing:
     aborted: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Selector:
+class Selector(Struct, frozen=True):
     """`SET`, `SET:DISK` or `SET:DISK:N` taken apart."""
 
     set: str

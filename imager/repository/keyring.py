@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from imager.errors import IntegrityError, UsageError, WrongKey
 from imager.repository import keys, recovery_key, writers
@@ -22,8 +23,7 @@ from imager.repository.repository import Repository
 from imager.storage.errors import AlreadyExists
 
 
-@dataclass(frozen=True, slots=True)
-class Added:
+class Added(Struct, frozen=True):
     """A slot that was made."""
 
     slot: str
@@ -33,8 +33,7 @@ class Added:
     writer: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Rotated:
+class Rotated(Struct, frozen=True):
     """A new key epoch. `slot`: the slot that holds its private key now; `lacking`: those that do not."""
 
     epoch: int

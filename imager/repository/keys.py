@@ -8,9 +8,9 @@ told: a slot opens, or it does not.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 import msgspec
+from msgspec import Struct
 
 from imager import _native
 from imager.errors import IntegrityError, UsageError, WrongKey
@@ -43,16 +43,17 @@ ROLES = (FULL, READ, WRITE)
 _MAX_EPOCH = (1 << 32) - 1
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class Secret:
+class Secret(Struct, frozen=True):
     """What a person gives to open a repository. kind: passphrase, keyfile or recovery."""
 
     kind: str
     value: bytes
 
+    def __repr__(self) -> str:
+        return "Secret(...)"
 
-@dataclass(frozen=True, slots=True, repr=False)
-class Secrets:
+
+class Secrets(Struct, frozen=True):
     """What a repository's records are made and opened with (section 4).
 
     Role full: `signing_seed` is the repository's own. Role write: it is the writer's,
@@ -68,6 +69,9 @@ class Secrets:
     writer: Certificate | None = None
     floor: int = 0
     "An epoch that there was when a slot of role write was made."
+
+    def __repr__(self) -> str:
+        return "Secrets(...)"
 
     @property
     def role(self) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from imager.errors import IntegrityError, UsageError, WrongKey
 from imager.repository import keys, writers
@@ -23,8 +24,7 @@ SHORTEST = 4
 "Digits of an id that name something."
 
 
-@dataclass(frozen=True, slots=True)
-class SlotFacts:
+class SlotFacts(Struct, frozen=True):
     """A key slot as `key list` shows it. `reads`: the epochs in it, as its maker said (None: not told).
 
     `opened`: with this one the repository is open; `removing`: a removal began and did not end.
@@ -42,8 +42,7 @@ class SlotFacts:
     removing: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Keyring:
+class Keyring(Struct, frozen=True):
     """All keys of a repository. `lacking`: ids of slots that read, but not every epoch."""
 
     slots: tuple[SlotFacts, ...]

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import struct
 import zlib
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from msgspec import Struct
 
 from imager import _native
 from imager.errors import IntegrityError, NoRepository, WrongKey
@@ -117,8 +117,7 @@ class Body(msgspec.Struct, frozen=True):
     "Digest of the names of the packs that were missing when it was made; it refers to none of them."
 
 
-@dataclass(frozen=True, slots=True)
-class Manifest:
+class Manifest(Struct, frozen=True):
     """An image set. `body` is None where the key cannot read it; `size`: of the manifest, in bytes."""
 
     public: Public

@@ -8,7 +8,8 @@ that the base has lost.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from imager import _native
 from imager._native import UNKNOWN, ZERO, Slots
@@ -20,8 +21,7 @@ from imager.repository.manifest import Root, root_level
 from imager.repository.session import Session, writing_failed
 
 
-@dataclass(slots=True)
-class Leaf:
+class Leaf(Struct):
     """A leaf that is worked on. `page`, `old`: what the base has; `known`: nothing in it is UNKNOWN.
 
     `harmed`: the base has lost the page, or records that it refers to.

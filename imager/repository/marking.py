@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from imager import _native
 from imager.errors import IntegrityError
@@ -26,8 +27,7 @@ from imager.storage.errors import NotFound
 _KEPT_PACKS = 64
 
 
-@dataclass(slots=True)
-class View:
+class View(Struct):
     """What there is, in the order in which it has to be looked at. Packs by name, with their sizes."""
 
     condemned: dict[str, Condemnation]
@@ -84,8 +84,7 @@ def _packs(repository: Repository, prefix: str) -> Iterator[tuple[bytes, int]]:
             yield bytes.fromhex(name), entry.size
 
 
-@dataclass(slots=True)
-class Marked:
+class Marked(Struct):
     """What lives. Packs are meant by their numbers in the repository's names."""
 
     marks: _native.Marks = field(default_factory=_native.Marks)

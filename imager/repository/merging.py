@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from imager import _native
 from imager.errors import IntegrityError
@@ -30,8 +31,7 @@ MAX_INPUTS = 128
 "Segments of one merge: each takes 256 KiB of memory."
 
 
-@dataclass(frozen=True, slots=True)
-class Policy:
+class Policy(Struct, frozen=True):
     """When to merge. `base`: bytes below which a segment is of the smallest size; `fan`: how many of
     a size become one; `cap`: bytes that a merged segment has at most (those of half are final)."""
 
@@ -54,8 +54,7 @@ BUDGET = 4
 "It may merge so many times what it stored."
 
 
-@dataclass(frozen=True, slots=True)
-class Merged:
+class Merged(Struct, frozen=True):
     """What merging came to: segments read and written, bytes written, entries dropped, pages damaged."""
 
     read: int = 0

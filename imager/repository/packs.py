@@ -13,9 +13,10 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from threading import RLock
 from typing import TYPE_CHECKING, Self
+
+from msgspec import Struct
 
 from imager import _native
 from imager.errors import IntegrityError, WrongKey
@@ -53,8 +54,7 @@ _LOCATED = 1 << 14
 _HEADER = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class Located:
+class Located(Struct, frozen=True):
     """Where a far pack lies: its object's name, and the handles of its keys by envelope number."""
 
     name: str

@@ -8,7 +8,8 @@ its position in the tree demands. What a bad page hides is told exactly.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from imager._native import DATA, Slots
 from imager.errors import IntegrityError
@@ -19,8 +20,7 @@ from imager.repository.repository import Repository
 from imager.storage.errors import Gone, StorageError
 
 
-@dataclass(frozen=True, slots=True)
-class Page:
+class Page(Struct, frozen=True):
     """A whole page: where its record lies, and what it says."""
 
     pack: int
@@ -31,8 +31,7 @@ class Page:
     slots: Slots
 
 
-@dataclass(frozen=True, slots=True)
-class BadPage:
+class BadPage(Struct, frozen=True):
     """A page that is missing or damaged: it hides blocks [first, first + count)."""
 
     pack: int

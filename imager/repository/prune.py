@@ -12,7 +12,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from imager import _native
 from imager.errors import IntegrityError, Locked, StorageError, UsageError
@@ -43,8 +44,7 @@ _ROUNDS = 3
 "How often a prune looks again where others change what it saw; then it leaves the rest to the next."
 
 
-@dataclass(slots=True)
-class _Counts:
+class _Counts(Struct):
     deleted: int = 0
     freed: int = 0
     rewritten: int = 0
@@ -54,8 +54,7 @@ class _Counts:
     damaged: list[str] = field(default_factory=list)
 
 
-@dataclass(slots=True)
-class _Group:
+class _Group(Struct):
     """Records that go into one new pack."""
 
     kind: int

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from imager.errors import UsageError
 from imager.repository import partial
@@ -35,8 +36,7 @@ _BATCH = 1 << 30
 "Bytes that are copied before what they came from is condemned: so much a kill can cost."
 
 
-@dataclass(frozen=True, slots=True)
-class PruneOptions:
+class PruneOptions(Struct, frozen=True):
     """What is asked for. `max_unused`: a share such as `10%`, or a size, of what is stored.
 
     `max_rewrite` in bytes that are copied, None: no limit; `max_minutes`: no copy is begun after.
@@ -52,8 +52,7 @@ class PruneOptions:
     despite_damage: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Pack:
+class Pack(Struct, frozen=True):
     """A pack as a prune sees it; sizes in bytes. `live`: of records that live; `unused`: of the others."""
 
     name: bytes
@@ -70,8 +69,7 @@ class Pack:
         return pack_object(self.kind, self.name)
 
 
-@dataclass(frozen=True, slots=True)
-class PrunePlan:
+class PrunePlan(Struct, frozen=True):
     """What is going to be done. Sizes in bytes."""
 
     packs: int
@@ -125,8 +123,7 @@ class PrunePlan:
         return lines
 
 
-@dataclass(frozen=True, slots=True)
-class PruneSummary:
+class PruneSummary(Struct, frozen=True):
     """What a prune came to. Sizes in bytes; `bytes_read`, `bytes_written`: of packs that were rewritten.
 
     `condemned`: packs that are condemned and still there; `waiting`: sessions whose end they wait for.

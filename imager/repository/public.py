@@ -13,7 +13,8 @@ import os
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable, Iterator
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from imager import _native
 from imager.errors import IntegrityError
@@ -30,8 +31,7 @@ _SELF = bytes(32)
 _KEPT_FRAMES = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(Struct, frozen=True):
     """Where a record is said to lie. `pack`: its name."""
 
     pack: bytes
@@ -40,8 +40,7 @@ class Place:
     id: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class PublicPage:
+class PublicPage(Struct, frozen=True):
     """The public part of a page: on level 0 its targets are blocks, above they are pages."""
 
     level: int
@@ -149,8 +148,7 @@ def _payload_digests(fd: int, name: bytes, repository: bytes) -> Iterator[tuple[
         yield offset, trailer[at * TRAILER_ENTRY + RECORD_HEAD : (at + 1) * TRAILER_ENTRY]
 
 
-@dataclass(slots=True)
-class Reach:
+class Reach(Struct):
     """What some sets refer to.
 
     `lost`: pages that cannot be had, and why; what is below them is not known. `astray`: pages that

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from imager.errors import UsageError
 from imager.units import format_time
@@ -22,8 +23,7 @@ _HALVES = {(False, False): " ", (False, True): "▄", (True, False): "▀", (Tru
 "Characters for (upper, lower) modules that are to have the colour of text."
 
 
-@dataclass(frozen=True, slots=True)
-class Sheet:
+class Sheet(Struct, frozen=True):
     """What a recovery sheet says. `key`: the recovery key's text; `created` in seconds since 1970 UTC."""
 
     key: str

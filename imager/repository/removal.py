@@ -19,7 +19,8 @@ counts as if the slot were gone, which errs to the safe side; removing the slot 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from imager.errors import ImagerError, IntegrityError, UsageError
 from imager.repository import imageset, writers
@@ -30,8 +31,7 @@ from imager.repository.repository import Opening, Repository
 from imager.storage.errors import AlreadyExists, NotFound
 
 
-@dataclass(frozen=True, slots=True)
-class Removed:
+class Removed(Struct, frozen=True):
     """What a removal came to. `slot` None: there was none any more, only a writer to revoke.
 
     `revoked`: the writer whose signature counts no more; `kept`: how many sets of it still count.

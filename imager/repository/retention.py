@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime
 
+from msgspec import Struct, field
 
-@dataclass(frozen=True, slots=True)
-class Rules:
+
+class Rules(Struct, frozen=True):
     """How many sets to keep of each kind, within one lineage. `within` in microseconds; 0: no such rule."""
 
     last: int = 0
@@ -33,8 +33,7 @@ class Rules:
         return self == Rules()
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(Struct, frozen=True):
     """An image set, as far as the rules look at it. `created` in microseconds since 1970 UTC."""
 
     id: str
@@ -43,8 +42,7 @@ class Candidate:
     tags: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(Struct, frozen=True):
     """What the rules say of one set: `reasons` to keep it, none where it is to be forgotten.
 
     `doubt`: why its time is not believed; such a set is always kept.
@@ -60,8 +58,7 @@ class Verdict:
         return bool(self.reasons)
 
 
-@dataclass(slots=True)
-class _Work:
+class _Work(Struct):
     kept: dict[str, list[str]] = field(default_factory=dict)
 
     def keep(self, candidate: Candidate, reason: str) -> None:

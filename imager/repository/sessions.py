@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import msgspec
+from msgspec import Struct
 
 from imager.errors import IntegrityError
 from imager.repository.format import (
@@ -47,8 +47,7 @@ MAX_CONDEMNED = 200_000
 "Packs of one condemnation, so that its object stays within bounds."
 
 
-@dataclass(frozen=True, slots=True)
-class Condemnation:
+class Condemnation(Struct, frozen=True):
     """Packs that a prune is going to delete: names of data packs and of map packs."""
 
     id: str
@@ -56,8 +55,7 @@ class Condemnation:
     maps: frozenset[bytes]
 
 
-@dataclass(frozen=True, slots=True)
-class Open:
+class Open(Struct, frozen=True):
     """A session without an outcome. `told`: its announcement, None where that is damaged."""
 
     id: str

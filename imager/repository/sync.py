@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from imager import _native
 from imager.errors import IntegrityError, Locked
@@ -32,8 +33,7 @@ _ROUNDS = 5
 "So often a plan is made anew because packs of the source vanished."
 
 
-@dataclass(frozen=True, slots=True)
-class SyncSummary:
+class SyncSummary(Struct, frozen=True):
     """What a sync came to. `sets`: ids of those that the target has now and had not before.
 
     `verified`: packs that were read back from the target, None where that was not asked for.
@@ -56,8 +56,7 @@ class SyncSummary:
     ok: bool
 
 
-@dataclass(slots=True)
-class _Done:
+class _Done(Struct):
     """What is there by now."""
 
     sets: list[str] = field(default_factory=list)

@@ -9,7 +9,8 @@ be hurt by it are left out.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from imager.errors import IntegrityError, NoRepository, UsageError
 from imager.repository import imageset, index, manifest, sessions, sync_objects
@@ -34,8 +35,7 @@ from imager.storage.errors import Gone, NotFound
 _ATTEMPTS = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Wishes:
+class Wishes(Struct, frozen=True):
     """Which sets to copy: those that fit every kind of wish that was made. None made: all.
 
     sets: ids or unique prefixes. names, tags: need a key. latest: so many of each lineage.
@@ -54,16 +54,14 @@ class Wishes:
         return bool(self.names or self.tags)
 
 
-@dataclass(frozen=True, slots=True)
-class Refused:
+class Refused(Struct, frozen=True):
     """An object or a set that is not copied, and why."""
 
     object: str
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class SyncPlan:
+class SyncPlan(Struct, frozen=True):
     """What a sync will copy. Objects by name; sets by id, in the order in which they are made.
 
     `renamed`: packs that the target is about to delete, or may be: they are stored under other names.
@@ -95,8 +93,7 @@ class SyncPlan:
         return not (self.creates or self.sets or self.objects or self.unindexed or self.absent)
 
 
-@dataclass(slots=True)
-class Planning:
+class Planning(Struct):
     """What is known of both ends while a plan is made, and again while it is carried out."""
 
     source: Repository
@@ -336,8 +333,7 @@ def _fits(source: Repository, set_id: str, raw: bytes, wishes: Wishes) -> bool:
 # --- what they need ------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
-class Needs:
+class Needs(Struct):
     """Object names of the packs that sets refer to; `lost`: what is not to be had, a line each."""
 
     packs: set[str] = field(default_factory=set)

@@ -12,9 +12,10 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
+
+from msgspec import Struct
 
 from imager import _native
 from imager.repository.format import KIND_DATA, KIND_MAP, MAPS, pack_object
@@ -30,8 +31,7 @@ T = TypeVar("T")
 Records = list[tuple[int, bytes, int, int]]
 
 
-@dataclass(frozen=True, slots=True)
-class Copied:
+class Copied(Struct, frozen=True):
     """How the copy of a pack went. `problem`: why there is none; `gone`: the source has it no more.
 
     `records`: from its trailer, as `_native.pack_records` gives them.

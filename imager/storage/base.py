@@ -16,8 +16,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Protocol
+
+from msgspec import Struct
 
 TOP = (
     "config", "slots", "epochs", "sessions", "sets", "packs", "maps", "index", "condemned", "damaged",
@@ -34,8 +35,7 @@ def check_name(name: str) -> str:
     return name
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(Struct, frozen=True):
     """An object in a listing; `size` in bytes."""
 
     name: str

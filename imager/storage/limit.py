@@ -10,14 +10,14 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from imager.storage.base import Staged, Storage
 from imager.storage.wrapper import Wrapper
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(Struct, frozen=True):
     """Bytes a second; None: as fast as it goes."""
 
     upload: int | None = None

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import configparser
 import os
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct, field
 
 from imager.errors import UsageError
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
+class Settings(Struct, frozen=True):
     """What to give the client beyond the environment, which it reads itself."""
 
     config: dict[str, Any] = field(default_factory=dict)

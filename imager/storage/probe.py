@@ -12,7 +12,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from imager.errors import ImagerError
 from imager.storage.base import Storage
@@ -31,8 +33,7 @@ _CLOCK_OFF = 120
 "Seconds that clocks may differ without a word. No decision hangs on them; listings show them."
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(Struct, frozen=True):
     """One promise. `essential`: without it a repository there is not safe."""
 
     promise: str
@@ -41,8 +42,7 @@ class Finding:
     essential: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Diagnosis:
+class Diagnosis(Struct, frozen=True):
     """What a probe found. `ok`: nothing essential is broken or could not be tried."""
 
     location: str

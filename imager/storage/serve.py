@@ -14,8 +14,9 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import TypeAlias
+
+from msgspec import Struct
 
 from imager import __version__
 from imager.errors import ImagerError, StorageError
@@ -33,8 +34,7 @@ _LINES = 1024
 "Names in one frame of a list: fewer than fit even where each is as long as it may be."
 
 
-@dataclass(slots=True)
-class _Upload:
+class _Upload(Struct):
     """Bytes that arrive piece by piece. `error`: why they cannot be had; what follows is then dropped."""
 
     staged: Staged | None

@@ -13,8 +13,9 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from urllib.parse import unquote
+
+from msgspec import Struct
 
 from imager import command
 from imager.errors import CommandError, StorageError, UsageError
@@ -39,8 +40,7 @@ _OPTIONS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Address:
+class Address(Struct, frozen=True):
     """Where a repository is. `port` None: what ssh's configuration says."""
 
     host: str

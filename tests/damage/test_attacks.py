@@ -12,7 +12,6 @@ and is no part of this), and knows the format. Afterwards, for every row:
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from imager import _native
@@ -108,9 +108,9 @@ class Scene:
                     "envelope": session.envelope.hex() if session.envelope else None,
                     "roots": last.public.roots,
                 }
-                written = dataclasses.replace(secrets, signing_seed=signer or secrets.signing_seed)
+                written = msgspec.structs.replace(secrets, signing_seed=signer or secrets.signing_seed)
                 if certificate is not None:
-                    written = dataclasses.replace(
+                    written = msgspec.structs.replace(
                         written,
                         writer=type(secrets.writer)(**{**_fields(secrets.writer), **certificate}),
                     )
@@ -409,7 +409,7 @@ def nothing_opens(scene: Scene, fresh: Manifest) -> None:
             repository.open_envelope(fresh.envelope)
         for number in (1, 2):
             for key in held:
-                guess = dataclasses.replace(secrets, epochs={number: key})
+                guess = msgspec.structs.replace(secrets, epochs={number: key})
                 with pytest.raises((IntegrityError, WrongKey)):
                     keys.open_envelope(fresh.envelope, guess, repository.id)
         assert imageset.read_set(repository, fresh.id).body is None
@@ -481,12 +481,12 @@ def test_a_slot_of_his_own_gives_him_nothing(scene: Scene) -> None:
     """With secrets that he made up, in every role; and one that would give the owner another repository."""
     with scene.open(MINE) as repository:
         mine = repository.secrets
-        made_up = dataclasses.replace(keys.new_secrets(), id_key=mine.id_key)
-        own = dataclasses.replace(made_up, signing_seed=mine.signing_seed)
+        made_up = msgspec.structs.replace(keys.new_secrets(), id_key=mine.id_key)
+        own = msgspec.structs.replace(made_up, signing_seed=mine.signing_seed)
         _, certificate = writers.certify(
             repository.id, b"z" * 32, host="*", label="l", seed=mine.signing_seed
         )
-        wider = dataclasses.replace(mine, writer=certificate)
+        wider = msgspec.structs.replace(mine, writer=certificate)
         for secrets in (made_up, own, keys.for_reading(made_up), wider):
             secret = Secret("keyfile", os.urandom(40))
             name, raw = keys.new_slot(repository.id, secrets, secret)

@@ -3,10 +3,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from imager.device import sysfs
 from imager.device.identity import Identity, difference, identify, identify_node, normal_wwn, same_source

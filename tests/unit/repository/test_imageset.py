@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import zlib
 from collections.abc import Callable
@@ -44,7 +43,7 @@ def test_odd_content_comes_back(lab: Lab) -> None:
         source={"path": "/dev/ünïcode", "serial": None, "wwn": b"\x01\x02"},
         layout={"table": "gpt", "partitions": [{"n": 1}]},
     )
-    body = dataclasses.replace(manifest).content
+    body = msgspec.structs.replace(manifest).content
     body = msgspec.structs.replace(
         body, images=(image,), tags=("a", "b"), stats={"read": 1 << 62}, changes="hash"
     )
@@ -80,7 +79,7 @@ def test_manifests_cannot_be_swapped_or_borrowed(make_lab: Callable[[str], Lab])
     with pytest.raises(IntegrityError, match="another repository"):
         decode(lab.repository, foreign.id, other.storage.read(f"sets/{foreign.id}"))
     # Signed by somebody who knows all but the signing key:
-    forger = dataclasses.replace(lab.repository.secrets, signing_seed=os.urandom(32))
+    forger = msgspec.structs.replace(lab.repository.secrets, signing_seed=os.urandom(32))
     forged = Repository(lab.storage, lab.repository.config, forger)
     key = lab.repository.open_envelope(one.envelope or b"")[1]
     with pytest.raises(IntegrityError, match="seal"):
