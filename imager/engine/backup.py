@@ -11,7 +11,6 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from msgspec import Struct, field
 from msgspec.structs import asdict
@@ -130,7 +129,7 @@ class _Lane(Struct):
     elsewhere: int | None
     change_source: str
     sampled: int = 0
-    layout: dict[str, Any] | None = None
+    layout: layouts.Capture | None = None
     imaging: Imaging | None = None
     imaged: Imaged | None = None
     error: BaseException | None = None
@@ -156,6 +155,8 @@ def execute(repository: Repository, plan: BackupPlan, reporter: Reporter) -> Bac
             return _run(session, plan, lanes, known, lost, locked, started, begun)
     finally:
         for lane in lanes:
+            if lane.layout is not None:
+                lane.layout.close()
             if lane.opened is not None:
                 lane.opened.close()
 
@@ -185,7 +186,7 @@ def _lane(
         wanted |= unread.clip(opened.size).blocks(plan.block_size)
         if lost and lost != plan.base_manifest.content.lost:
             wanted |= missing.blocks(repository, base, known)
-    layout = layouts.capture(source, opened)
+    layout = layouts.Capture(source, opened)
     return _Lane(source, opened, base, wanted, elsewhere, changes.source, sampled, layout)
 
 
@@ -330,7 +331,7 @@ def _run(
                 block_size=plan.block_size,
                 unreadable=lane.imaged.unreadable,
                 source=_identity(lane.source),
-                layout=lane.layout,
+                layout=lane.layout.result() if lane.layout is not None else None,
             )
         )
     segment = index.write_segment(session, known)
