@@ -24,7 +24,7 @@ from msgspec import Struct
 
 from imager.errors import ImagerError, IntegrityError, UsageError
 from imager.repository import imageset, writers
-from imager.repository.format import REVOKED, SLOTS, Slot
+from imager.repository.format import REVOKED, SLOTS, Slot, is_id
 from imager.repository.keys import FULL, WRITE, Secrets
 from imager.repository.keyslots import MARK, SHORTEST, epochs_of, find, need_full, read_slots, reads_of
 from imager.repository.repository import Opening, Repository
@@ -94,7 +94,7 @@ def _revoke(repository: Repository, secrets: Secrets, writer: str) -> int:
     """Let of a writer's sets only those count that are there now: how many. Durable when this returns."""
     if writer in repository.revoked():
         return len(repository.revoked()[writer])
-    if not writers.is_writer_id(writer):
+    if not is_id(writer):
         raise IntegrityError("the key slot has a certificate of no writer")
     sets = imageset.list_sets(repository).sets
     mine = [

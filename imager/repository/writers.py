@@ -53,11 +53,6 @@ def is_certified(repository: bytes, verify_key: bytes, certificate: Certificate)
     )
 
 
-def is_writer_id(text: str) -> bool:
-    """Whether a writer can have this id; it becomes part of an object's name."""
-    return is_id(text)
-
-
 def new_revocation(repository: bytes, signing_seed: bytes, writer: str, sets: Iterable[bytes]) -> bytes:
     """The object `revoked/<writer>`: of its sets only those with these digests still count."""
     digests = sorted({digest.hex() for digest in sets})
