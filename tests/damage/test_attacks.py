@@ -45,15 +45,13 @@ THEIRS = Secret("keyfile", b"t" * 40)
 HOST = os.uname().nodename
 
 
-class Given(Credentials):
+class Given(Credentials, frozen=True, kw_only=True):
     """Opens with one secret, whatever the environment offers."""
 
-    def __init__(self, secret: Secret) -> None:
-        object.__setattr__(self, "secret", secret)
+    secret: Secret
 
     def obtain(self, kinds: Any) -> Secret:
-        secret: Secret = self.secret  # type: ignore[attr-defined]
-        return secret
+        return self.secret
 
 
 @dataclass
@@ -65,7 +63,7 @@ class Scene:
     own: str
 
     def open(self, secret: Secret) -> Repository:
-        return Repository.open(FolderStorage(str(self.place.root)), Given(secret), writing=True)
+        return Repository.open(FolderStorage(str(self.place.root)), Given(secret=secret), writing=True)
 
     @property
     def owner(self) -> Secret:
@@ -130,7 +128,7 @@ def scene(worlds: dict[str, World], copy: Copy, monkeypatch: pytest.MonkeyPatch)
     world = worlds["sealed"]
     place = copy(world)
     owner = keys.keyfile((place.folder / "key").read_bytes())
-    with Repository.open(FolderStorage(str(place.root)), Given(owner), writing=True) as repository:
+    with Repository.open(FolderStorage(str(place.root)), Given(secret=owner), writing=True) as repository:
         keyring.add(repository, MINE, role="write", host=HOST, label="mine")
         keyring.add(repository, THEIRS, role="write", host="elsewhere", label="theirs")
     (place.folder / "mine").write_bytes(MINE.value)
