@@ -218,6 +218,7 @@ def test_ctrl_c_at_the_terminal(place: Place) -> None:
     with source.open("r+b") as file:
         file.truncate(2 << 30)
         file.write(os.urandom(200 * MIB))
+    announced = len(place.files("sessions"))
     process = subprocess.Popen(
         [sys.executable, "-m", "imager", "-r", str(place.root), "backup", str(source), "--name", "disk"],
         env={**os.environ, **place.environment()},
@@ -225,8 +226,9 @@ def test_ctrl_c_at_the_terminal(place: Place) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    time.sleep(0.35)
-    process.send_signal(signal.SIGINT)
+    while len(place.files("sessions")) == announced and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)  # It has announced itself, and most of its work is before it.
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and b"Traceback" not in err and b"interrupted" in err, err
     assert len(place.files("sets")) == 1
