@@ -179,7 +179,7 @@ def tables(scales: list[Scale], peers: list[Scale], markdown: bool) -> str:
         [job, *(f"{s.peak[job] >> 20} ({s.seconds[job]:.1f})" if job in s.peak else "-" for s in scales)]
         for job in jobs
     ]
-    parts = [report.table(header, rows, markdown)]
+    parts = [report.table(header, rows, markdown)] if scales else []
     shown = {
         "segments": "segments",
         "index MB": "bytes",
@@ -201,7 +201,8 @@ def tables(scales: list[Scale], peers: list[Scale], markdown: bool) -> str:
             *(f"{s.rewritten / s.lookups['bytes']:.2f}" for s in scales),
         ]
     )
-    parts.append(report.table(["look-ups, one thread", *header[1:]], rows, markdown))
+    if scales:
+        parts.append(report.table(["look-ups, one thread", *header[1:]], rows, markdown))
     if peers:
         rows = [
             [job, f"{one.entries / 1e6:g} M", f"{one.peak[job] >> 20} ({one.seconds[job]:.1f})"]
