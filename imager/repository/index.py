@@ -135,10 +135,13 @@ def write_segment(
         return None
     name = segment_name(data)
     session.create(name, data)
+    cache = cache_of(repository)
+    if cache is not None:
+        cache.put(data, name)
     del data
     if reload:
         session.drain()
-        load_one(repository, known, name, cache_of(repository))
+        load_one(repository, known, name, cache)
         known.forget()
         if reporter is not None:
             merging.tend(repository, known, reporter, stored=session.stored)

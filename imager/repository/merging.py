@@ -12,6 +12,7 @@ segments of a size.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from msgspec import Struct
@@ -27,6 +28,8 @@ from imager.storage.errors import AlreadyExists, NotFound, StorageError, refusal
 Segment = tuple[bytes, int]
 "Name and bytes of a segment."
 
+_turn = threading.Lock()
+"Of the threads of one process one merges at a time; the others need not wait for it."
 MAX_INPUTS = 128
 "Segments of one merge: each takes 256 KiB of memory."
 
@@ -116,7 +119,7 @@ def tend(
     the index is a hint, and stays what it was.
     """
     done = Merged()
-    if getattr(repository.storage, "append_only", False):
+    if getattr(repository.storage, "append_only", False) or not _turn.acquire(blocking=False):
         return done
     budget = max(BUDGET * stored, MIN_BUDGET)
     try:
@@ -128,6 +131,8 @@ def tend(
                 break  # Another process is at it.
     except (IntegrityError, StorageError) as error:
         reporter.warn(f"the index was not merged: {error.message}", hint="nothing is lost; a later run does")
+    finally:
+        _turn.release()
     if done.damaged:
         reporter.warn(
             f"{done.damaged} pages of the index are damaged: what they said is lost",

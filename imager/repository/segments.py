@@ -137,6 +137,19 @@ class SegmentCache:
                 os.close(out)
             _unlink(staged)
 
+    def put(self, data: bytes, name: str) -> None:
+        """Keep a segment that this process has made, if there is room for it."""
+        staged = f"{self._path(name)}.{os.getpid()}"
+        out = self._create(staged, len(data))
+        if out is None:
+            return
+        try:
+            if _written(out, data):
+                _publish(out, staged, self._path(name))
+        finally:
+            os.close(out)
+            _unlink(staged)
+
     def _create(self, path: str, size: int) -> int | None:
         """A file to copy to; None where there is no room or the folder cannot be written."""
         try:

@@ -63,8 +63,8 @@ pub enum Claim {
 }
 
 const SHARDS: usize = 64;
-/// Bytes of filters that are held in memory: those of fifty million entries.
-const FILTERS: usize = 64 << 20;
+/// Bytes of filters that are held in memory: those of a hundred million entries.
+const FILTERS: usize = 144 << 20;
 
 /// A segment that is searched.
 struct Loaded {

@@ -15,9 +15,10 @@ from imager.repository import index, merging
 from imager.repository.format import INDEX
 from imager.repository.repository import Repository
 from imager.repository.segments import SegmentCache, segment_name
+from imager.repository.session import Session
 from imager.storage.folder import FolderStorage
 from tests.unit.repository.building import Lab
-from tests.unit.repository.segment_making import blocks, put, segment_of
+from tests.unit.repository.segment_making import blocks, digest, put, segment_of
 
 
 class Far(FolderStorage):
@@ -132,6 +133,17 @@ def test_without_room_or_folder_it_is_fetched_each_time(
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
     assert [fetched(far), fetched(far)] == [3, 3]
     assert list((tmp_path / "other").glob("*/index/*")) == []
+
+
+def test_what_this_machine_has_written_is_not_fetched(far: Repository) -> None:
+    fetched(far)
+    known = index.load(far)
+    with Session.begin(far) as session:
+        pack = far.names.intern(digest("pack"))
+        known.add_pack(pack, [(1, identity, 72, 100) for identity in blocks(range(500, 510))])
+        assert index.write_segment(session, known) is not None
+        session.drain()
+    assert fetched(far, 40) == 0
 
 
 def test_a_merged_segment_is_kept_without_being_fetched(far: Repository, tmp_path: Path) -> None:
