@@ -5,8 +5,8 @@ the storage has shown the object in a listing since this process began, or
 shown it to be there otherwise. Losing the cache, or any part of it, costs time.
 What looks for damage in a repository does not use it.
 
-Kept are manifests, index segments and map packs: what a backup reads of the sets
-before it. Most of them this machine wrote itself.
+Kept are manifests and map packs: what a backup reads of the sets before it. Most of them
+this machine wrote itself. Index segments are kept by `imager.repository.segments`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from imager.storage.wrapper import Wrapper
 
 ROOM = 1 << 30
 "Bytes that the copies of one storage take at most; IMAGER_CACHE_SIZE says otherwise."
-_KINDS = ("sets/", "index/", "maps/")
+_KINDS = ("sets/", "maps/")
 _DIGEST = 32
 _PIECE = 1 << 20
 
