@@ -7,7 +7,7 @@ size is bounded (`MAX_LAYOUT`), whatever the source says of itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from msgspec import Struct, field
@@ -18,12 +18,21 @@ from imager.device import efi, luks, lvm, md
 from imager.device.efi import BootEntry
 from imager.device.partitioning import Partition, Partitioning, read_partitioning
 from imager.device.window import Readable, Spread, Window
+from imager.filesystem.ext_files import ExtFiles
+from imager.filesystem.fat_files import FatFiles
+from imager.filesystem.files import Files
 from imager.filesystem.identify import Filesystem, identify
 
 VERSION = 1
 MAX_LAYOUT = 4 << 20
 """The most that a layout takes in a manifest, in bytes of JSON."""
 _MAX_TEXT = 256 << 10
+_READERS: dict[str, Callable[[Readable], Files]] = {
+    "ext2": ExtFiles,
+    "ext3": ExtFiles,
+    "ext4": ExtFiles,
+    "vfat": FatFiles,
+}
 _ESP, _BIOS_BOOT = "c12a7328-f81f-11d2-ba4b-00a0c93ec93b", "21686148-6449-6e6f-744e-656564454649"
 
 
@@ -94,7 +103,7 @@ def read_layout(
     """The layout of the disk or image that `fd` is open on.
 
     `sector`: its logical sector, None where that is not known (a file). `maps`: have the used-block
-    maps made, for `used`. `look`: find out what system is installed, which starts other programs. Never
+    maps made, for `used`. `look`: find out what system is installed. Never
     raises for what stands there.
     """
     where = place or Place()
@@ -173,29 +182,29 @@ class _Reader:
         beyond = filesystem.size - window.size
         problems = (f"its filesystem is {beyond} bytes larger than its place",) if beyond > 0 else ()
         volume = replace(bare, kind=filesystem.type, filesystem=filesystem, problems=problems)
-        if self.look and start is not None:
-            return self._looked_into(volume, filesystem, start)
-        return volume
+        return self._looked_into(volume, window, start) if self.look else volume
 
-    def _looked_into(self, found: Volume, filesystem: Filesystem, start: int) -> Volume:
-        from imager.capture import files
+    def _looked_into(self, found: Volume, window: Readable, start: int | None) -> Volume:
+        from imager.capture import mounted
         from imager.capture.system import read_system
         from imager.errors import ImagerError
 
-        mounted = self.place.mounts.get(start)
-        kind = filesystem.type
-        if mounted is not None:
-            return replace(found, system=read_system(files.Folder(mounted)))
-        if kind in ("ext2", "ext3", "ext4"):
-            return replace(found, system=read_system(files.Ext(self.disk.fd, start)))
-        if kind == "vfat":
-            return replace(found, system=read_system(files.Fat(self.disk.fd, start)))
-        if kind not in ("xfs", "btrfs") or self.place.device is None:
+        filesystem, at = found.filesystem, self.place.mounts.get(-1 if start is None else start)
+        if at is not None:
+            return replace(found, system=read_system(mounted.Folder(at)))
+        if found.kind in _READERS:
+            try:
+                return replace(found, system=read_system(_READERS[found.kind](window)))
+            except OSError as error:
+                said = f"the system on it cannot be read: {error.strerror}"
+                return replace(found, problems=(*found.problems, said))
+        device = self.place.device
+        if found.kind not in ("xfs", "btrfs") or device is None or start is None or filesystem is None:
             return found
-        why = files.may_look_into(kind, filesystem.uuid, filesystem.devices)
+        why = mounted.may_look_into(found.kind, filesystem.uuid, filesystem.devices)
         if why is None:
             try:
-                with files.looked_into(self.place.device, kind, start, found.size) as folder:
+                with mounted.looked_into(device, found.kind, start, found.size) as folder:
                     return replace(found, system=read_system(folder))
             except ImagerError as error:
                 why = error.message

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from msgspec import Struct
 
-from imager.capture.files import Files
+from imager.filesystem.files import Files
 
 _MOST = 256
 _LONGEST = 512
@@ -85,7 +85,7 @@ def read_system(files: Files) -> System | None:
         crypttab=tuple(crypttab),
         initramfs=_there(files, _TOOLS),
         loaders=_there(files, _LOADERS),
-        efi=tuple(name[:_LONGEST] for name in files.names("EFI"))[:_MOST],
+        efi=tuple(map(_plain, files.names("EFI")))[:_MOST],
     )
     return system if system != System() else None
 
@@ -129,7 +129,7 @@ def _kernels(files: Files) -> tuple[str, ...]:
         for name in files.names(folder):
             for prefix in ("vmlinuz-", "kernel-", "bzImage-"):
                 if name.startswith(prefix):
-                    found.add(name.removeprefix(prefix)[:_LONGEST])
+                    found.add(_plain(name.removeprefix(prefix)))
         if found:
             break
     return tuple(sorted(found))[:_MOST]
@@ -144,6 +144,11 @@ def _there(files: Files, wanted: tuple[tuple[str, str, str], ...]) -> tuple[str,
         if file in listed[folder]:
             out[name] = None
     return tuple(out)
+
+
+def _plain(name: str) -> str:
+    """A name that may hold bytes which are no text."""
+    return name.encode(errors="surrogateescape").decode(errors="replace")[:_LONGEST]
 
 
 def _text(raw: bytes | None) -> str:

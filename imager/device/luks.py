@@ -10,8 +10,6 @@ cryptsetup lib/luks1/luks.h, lib/luks2/luks2.h, luks2_disk_metadata.c.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import struct
 from typing import Any
 
@@ -111,6 +109,9 @@ def _v2(read: Read, at: int, magic: bytes) -> Luks | None:
     name = _text(algorithm)
     if len(whole) != size or name not in ("sha256", "sha512", "sha1", "sha384"):
         return None
+    import hashlib
+    import json
+
     digest = hashlib.new(name, whole[:448] + bytes(64) + whole[512:]).digest()
     if checksum[: len(digest)] != digest:
         return None
