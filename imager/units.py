@@ -65,7 +65,7 @@ def format_time(timestamp: float) -> str:
     return datetime.fromtimestamp(timestamp, timezone.utc).astimezone().strftime("%Y-%m-%d %H:%M:%S %z")
 
 
-_SPAN = re.compile(r"(\d+)([hdwmy])")
+_SPAN = r"(\d+)([hdwmy])"
 _HOURS = {"h": 1, "d": 24, "w": 7 * 24, "m": 31 * 24, "y": 366 * 24}
 
 
@@ -74,7 +74,7 @@ def parse_span(text: str) -> int:
 
     Raises `UsageError`.
     """
-    parts = _SPAN.findall(text)
+    parts = re.findall(_SPAN, text)
     hours = sum(int(number) * _HOURS[unit] for number, unit in parts)
     if "".join(number + unit for number, unit in parts) != text or not 0 < hours < 1 << 30:
         raise UsageError(f"not a duration: {text!r}", hint="write 12h, 7d, 2w, 6m or 1y, or several: 1y6m")

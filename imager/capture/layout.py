@@ -185,13 +185,13 @@ class _Reader:
         return self._looked_into(volume, window, start) if self.look else volume
 
     def _looked_into(self, found: Volume, window: Readable, start: int | None) -> Volume:
-        from imager.capture import mounted
         from imager.capture.system import read_system
-        from imager.errors import ImagerError
 
         filesystem, at = found.filesystem, self.place.mounts.get(-1 if start is None else start)
         if at is not None:
-            return replace(found, system=read_system(mounted.Folder(at)))
+            from imager.capture.mounted import Folder
+
+            return replace(found, system=read_system(Folder(at)))
         if found.kind in _READERS:
             try:
                 return replace(found, system=read_system(_READERS[found.kind](window)))
@@ -201,6 +201,9 @@ class _Reader:
         device = self.place.device
         if found.kind not in ("xfs", "btrfs") or device is None or start is None or filesystem is None:
             return found
+        from imager.capture import mounted
+        from imager.errors import ImagerError
+
         why = mounted.may_look_into(found.kind, filesystem.uuid, filesystem.devices)
         if why is None:
             try:

@@ -19,7 +19,7 @@ from imager.device.partition_table import guid_text
 
 FIRMWARE = "/sys/firmware/efi"
 _GLOBAL = "8be4df61-93ca-11d2-aa0d-00e098032b8c"
-_ENTRY = re.compile(rf"Boot([0-9A-F]{{4}})-{_GLOBAL}")
+_ENTRY = rf"Boot([0-9A-F]{{4}})-{_GLOBAL}"
 _MOST = 256
 _LONGEST = 64 << 10
 
@@ -58,7 +58,7 @@ def boot_entries(firmware: str = FIRMWARE) -> tuple[BootEntry, ...]:
     current = f"{struct.unpack('<H', raw)[0]:04X}" if len(raw) == 2 else None
     out: list[BootEntry] = []
     for name in names:
-        match = _ENTRY.fullmatch(name)
+        match = re.fullmatch(_ENTRY, name)
         value = _variable(folder, name) if match else None
         if match and value and len(out) < _MOST:
             entry = parse_entry(match[1], value, order, current)

@@ -18,15 +18,13 @@ MAX_TEXT = 8 << 20
 """The longest text that is parsed, in bytes. LVM's default metadata area holds 1 MiB."""
 
 Section = dict[str, Any]
-_TOKEN = re.compile(
-    r"""(?:[ \t\r\n\0]|\#[^\n]*)*+(?:
+_TOKEN = r"""(?xsa)(?:[ \t\r\n\0]|\#[^\n]*)*+(?:
     (?P<string>"(?:[^"\\]|\\.)*+")
     |(?P<number>-?\d{1,20}(?:\.\d{1,20})?(?![\w.]))
     |(?P<word>[A-Za-z0-9_.+\-/@]+)
     |(?P<mark>[{}=\[\],])
-    |(?P<end>\Z))""",
-    re.X | re.S | re.A,
-)
+    |(?P<end>\Z))"""
+"""Compiled where a text is parsed: few disks have one, and it takes longer than the rest of this module."""
 
 
 def parse(text: str) -> Section:
@@ -41,12 +39,13 @@ def parse(text: str) -> Section:
 class _Parser:
     def __init__(self, text: str) -> None:
         self.text = text
+        self.token = re.compile(_TOKEN)
         self.at = 0
         self.kind = self.value = ""
         self.advance()
 
     def advance(self) -> None:
-        match = _TOKEN.match(self.text, self.at)
+        match = self.token.match(self.text, self.at)
         if match is None:
             raise ValueError(f"the metadata makes no sense at character {self.at}")
         self.kind = str(match.lastgroup)

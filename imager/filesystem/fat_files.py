@@ -151,7 +151,8 @@ def _long(parts: dict[int, bytes]) -> str:
 
 def _short(entry: bytes) -> str:
     raw = b"\xe5" + entry[1:11] if entry[0] == 5 else entry[:11]
-    base, end = raw[:8].decode("cp437").rstrip(" "), raw[8:].decode("cp437").rstrip(" ")
+    text = raw.decode("ascii" if raw.isascii() else "cp437")
+    base, end = text[:8].rstrip(" "), text[8:].rstrip(" ")
     base = base.lower() if entry[12] & 0x08 else base
     end = end.lower() if entry[12] & 0x10 else end
     return f"{base}.{end}" if end else base

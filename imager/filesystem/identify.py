@@ -110,7 +110,7 @@ def _fat(window: Readable) -> Filesystem | None:
         folder += (struct.unpack_from("<I", raw, 44)[0] - 2) * per * sector
     length = min(_FOLDER, per * sector if wide else roots * 32)
     label = _fat_label(window.read(folder, length)) or (raw[at + 7 : at + 18] if marked else b"")
-    text = label.decode("cp437").rstrip(" \0") or None
+    text = label.decode("ascii" if label.isascii() else "cp437").rstrip(" \0") or None
     if text == "NO NAME":
         text = None
     number = f"{serial >> 16:04X}-{serial & 0xFFFF:04X}" if serial else None
