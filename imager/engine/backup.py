@@ -372,9 +372,7 @@ def _run(
     )
     manifest = imageset.encode(repository, public, body, session.key)
     session.commit(manifest)
-    head = Head(
-        session.id, public.created, public.lineage, public.sequence, _native.blake3(manifest), manifest
-    )
+    head = Head(session.id, public.created, public.lineage, public.sequence, _native.blake3(manifest))
     for problem in Witness(repository.place).committed(head, plan.seen):
         reporter.note(problem)
     if segment is not None:

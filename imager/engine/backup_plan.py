@@ -193,7 +193,7 @@ def _base(
     own = sorted((h for h in heads if h.lineage == lineage.hex()), key=lambda h: h.sequence, reverse=True)
     for head in own:
         try:
-            manifest = imageset.decode(repository, head.id, head.raw)
+            manifest = imageset.read_head(repository, head)
         except ImagerError:
             continue  # Told of already, or older than what is needed.
         if manifest.body is not None and manifest.body.strategy == "full":

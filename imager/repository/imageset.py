@@ -81,7 +81,6 @@ class Head(Struct, frozen=True):
     lineage: str
     sequence: int
     digest: bytes
-    raw: bytes
     previous: str | None = None
 
 
@@ -149,10 +148,11 @@ def raw_sets(repository: Repository) -> Iterable[tuple[str, bytes]]:
         yield from filter(None, spool.run_all([lambda one=one: read(one) for one in batch]))  # type: ignore[misc]
 
 
-def heads(repository: Repository) -> tuple[list[Head], list[Damaged]]:
-    """The public parts of all sets, oldest first, and the manifests that have none. Raises `StorageError`.
+def heads(repository: Repository, *, sealed: bool = False) -> tuple[list[Head], list[Damaged]]:
+    """What is public of all sets, oldest first, and the damaged ones. Raises `StorageError`.
 
-    Quick: nothing is decrypted and no signature is checked; `decode` the one that counts.
+    Quick: nothing is decrypted, and no signature is checked unless `sealed`; `read_head` the one that
+    counts. What is kept of a set takes some 400 bytes, however large its manifest is.
     """
     found: list[Head] = []
     damaged: list[Damaged] = []
@@ -164,9 +164,12 @@ def heads(repository: Repository) -> tuple[list[Head], list[Damaged]]:
         except IntegrityError as error:
             damaged.append(Damaged(set_id, error.message))
             continue
+        if sealed and not is_sealed(repository, raw):
+            damaged.append(Damaged(set_id, "its manifest's seal is not by this repository"))
+            continue
         previous = public.previous.set if public.previous else None
         digest = _native.blake3(raw)
-        found.append(Head(set_id, public.created, public.lineage, public.sequence, digest, raw, previous))
+        found.append(Head(set_id, public.created, public.lineage, public.sequence, digest, previous))
     found.sort(key=lambda head: (head.created, head.id))
     return found, damaged
 
@@ -200,6 +203,14 @@ def read_set(repository: Repository, set_id: str) -> Manifest:
     return decode(repository, set_id, raw)
 
 
+def read_head(repository: Repository, head: Head) -> Manifest:
+    """The set of which a head was read. Raises as `read_set`, and where it is another than it was then."""
+    manifest = read_set(repository, head.id)
+    if manifest.digest != head.digest:
+        raise IntegrityError(f"the manifest of image set {head.id} is another than a moment ago")
+    return manifest
+
+
 def latest_of(
     repository: Repository, lineage: bytes, known: Iterable[Head] | None = None, host: str | None = None
 ) -> tuple[Manifest | None, list[Damaged]]:
@@ -212,7 +223,9 @@ def latest_of(
     damaged: list[Damaged] = []
     for head in sorted((head for head in found if head.lineage == text), key=_order, reverse=True):
         try:
-            manifest = decode(repository, head.id, head.raw)
+            manifest = read_head(repository, head)
+        except NoSuchSet:
+            continue  # forgotten since
         except (IntegrityError, NoRepository) as error:
             damaged.append(Damaged(head.id, error.message))
             continue
@@ -321,7 +334,8 @@ def resolve(repository: Repository, text: str, *, host: str | None = None) -> Ma
         return read_set(repository, text)
     name, at, time = text.partition("@")
     until = parse_time(time) if at else None
-    found, damaged = _whole_heads(repository)
+    # Which set a person gets must not hang on a flipped bit.
+    found, damaged = heads(repository, sealed=True)
     if name == "latest":
         candidates = found
     else:
@@ -347,19 +361,7 @@ def resolve(repository: Repository, text: str, *, host: str | None = None) -> Ma
         )
     if newest is None:
         raise _no_set(repository, text, found, damaged)
-    return decode(repository, newest.id, newest.raw)
-
-
-def _whole_heads(repository: Repository) -> tuple[list[Head], list[Damaged]]:
-    """As `heads`, but every seal is checked: which set a person gets must not hang on a flipped bit."""
-    found, damaged = heads(repository)
-    whole: list[Head] = []
-    for head in found:
-        if is_sealed(repository, head.raw):
-            whole.append(head)
-        else:
-            damaged.append(Damaged(head.id, "its manifest's seal is not by this repository"))
-    return whole, damaged
+    return read_head(repository, newest)
 
 
 def _doubtful(
@@ -394,7 +396,7 @@ _LIST = "imager list shows what there is"
 
 
 def _no_set(repository: Repository, text: str, found: list[Head], damaged: list[Damaged]) -> ImagerError:
-    if repository.sealed and any(decode(repository, head.id, head.raw).body is None for head in found):
+    if repository.sealed and any(read_head(repository, head).body is None for head in found):
         return WrongKey(
             f"no image set that this key can read is called {text!r}, and there are some that it cannot read",
             hint="use a key with the full role, or name the set by its id",
@@ -435,8 +437,8 @@ def _lineage_named(repository: Repository, name: str, host: str, found: list[Hea
         # All sets of a lineage have one name and host: the newest whole one tells.
         for head in reversed(members):
             try:
-                body = decode(repository, head.id, head.raw).body
-            except (IntegrityError, NoRepository):
+                body = read_head(repository, head).body
+            except (IntegrityError, NoRepository, NoSuchSet):
                 continue
             if body is not None and body.name == name:
                 matches.append((lineage, body.host))

@@ -276,20 +276,20 @@ def _manifests(planning: Planning, refused: list[Refused]) -> dict[str, bytes]:
     """The manifests of the source whose seal is whole, by id; their public parts go into `publics`."""
     source = planning.source
     found: dict[str, bytes] = {}
-    heads, damaged = imageset.heads(source)
-    refused += [Refused(SETS + item.id, item.reason) for item in damaged]
-    for head in heads:
-        if not manifest.is_sealed(source, head.raw):
-            refused.append(Refused(SETS + head.id, "its manifest's seal is not by this repository"))
+    for set_id, raw in imageset.raw_sets(source):
+        if manifest.is_abort_mark(raw):
             continue
         try:
-            public = manifest.decode(source, head.id, head.raw).public
+            manifest.parse_public(raw, set_id, source.config.repository)
+            if not manifest.is_sealed(source, raw):
+                raise IntegrityError("its manifest's seal is not by this repository")
+            public = manifest.decode(source, set_id, raw).public
         except (IntegrityError, NoRepository) as error:
-            refused.append(Refused(SETS + head.id, error.message))
+            refused.append(Refused(SETS + set_id, error.message))
             continue
-        planning.publics[head.id] = public
-        found[head.id] = head.raw
-    return found
+        planning.publics[set_id] = public
+        found[set_id] = raw
+    return dict(sorted(found.items(), key=lambda item: (planning.publics[item[0]].created, item[0])))
 
 
 def _choose(planning: Planning, raws: dict[str, bytes], wishes: Wishes) -> list[str]:
