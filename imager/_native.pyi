@@ -5,6 +5,7 @@ threads. Numbers of blocks and offsets are absolute within the image.
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 __version__: str
 DEBUG_BUILD: bool
@@ -390,6 +391,45 @@ def non_zero(
     fd: int, start: int, end: int, *, direct: bool = False, threads: int = 0
 ) -> list[tuple[int, int]]:
     """Extents [start, end) of 4 KiB pages within the range that are not all zero."""
+
+# --- images at random access ----------------------------------------------------------
+
+class Supply(Protocol):
+    """What a served image asks for. Called from several threads; what it raises becomes an I/O error."""
+
+    def leaf(self, index: int) -> Slots:
+        """The slots of the blocks from `256 * index` on."""
+    def pack(self, number: int) -> tuple[int, Sequence[int | None]]:
+        """(descriptor, key handles by envelope number) of a pack; the descriptor is the caller's to close."""
+    def elsewhere(self, block: int, identity: bytes, place: tuple[int, int], reason: str) -> bytes:
+        """The content of a block whose record is not whole at `place` (pack, offset)."""
+    def changed(self) -> Sequence[tuple[int, int]]:
+        """Byte ranges [start, end) that differ from the base set, sorted and apart."""
+
+class ServedImage:
+    """One image, read at any place.
+
+    `room`: bytes of contents that are kept; `packs`: how many are open at a time;
+    `based`: `changed` may be asked."""
+
+    def __init__(
+        self,
+        vault: Vault,
+        supply: Supply,
+        *,
+        image_size: int,
+        block_size: int,
+        room: int,
+        packs: int,
+        based: bool,
+    ) -> None: ...
+    def read(self, offset: int, length: int) -> bytes:
+        """Bytes, fewer at the end. Raises DamagedError where one of them cannot be had."""
+
+def serve_images(exports: Sequence[tuple[str, str, ServedImage, int, int]], listener: int, stop: int) -> None:
+    """Serve NBD clients of a listening socket until `stop` can be read from.
+
+    `exports`: (name, description, image, first byte, length). Raises ReadError where the socket fails."""
 
 # --- filesystems --------------------------------------------------------------------
 

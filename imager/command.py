@@ -75,6 +75,20 @@ def run(
     return done
 
 
+def attached(argv: Sequence[str]) -> int:
+    """Run a command of the user's with this program's own input and output, and as it is found by them.
+
+    Its exit code; 128 and the signal's number where one ended it. Raises `CommandError` where it
+    cannot be run.
+    """
+    try:
+        with subprocess.Popen(argv) as running:
+            code = running.wait()
+    except OSError as error:
+        raise CommandError(f"cannot run {argv[0]}: {error.strerror}") from error
+    return code if code >= 0 else 128 - code
+
+
 def text(argv: Sequence[str], **options: object) -> str:
     """Standard output of `run(argv)`, decoded."""
     return run(argv, **options).stdout.decode(errors="replace")  # type: ignore[arg-type]

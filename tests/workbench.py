@@ -25,7 +25,7 @@ from imager.events import Silent
 from imager.repository.blockmap import MapReader
 from imager.repository.check import check
 from imager.repository.credentials import Credentials
-from imager.repository.imageset import Image, Manifest, read_set
+from imager.repository.imageset import Image, Manifest, list_sets, read_set
 from imager.repository.repository import Repository
 from imager.storage.base import Storage
 from imager.storage.folder import FolderStorage
@@ -100,6 +100,11 @@ class Workbench:
         images = repository.images(repository.resolve(text))
         (image,) = [one for one in images if disk in (None, one.disk)]
         reference.write_image(repository, image, str(target))
+
+    def manifest_ids(self) -> list[str]:
+        """Ids of all sets, oldest first."""
+        with self.open(writing=False) as repository:
+            return [manifest.id for manifest in list_sets(repository).sets]
 
     def manifest(self, text: str) -> Manifest:
         with self.open(writing=False) as repository:

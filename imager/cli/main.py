@@ -36,6 +36,7 @@ VERBS = (
     "check",
     "sync",
     "restore",
+    "map",
     "serve",
     "doctor",
     "forget",

@@ -140,7 +140,7 @@ def picture(repository: Repository, manifest: Manifest, images: Sequence[Image])
     from imager.engine.picture import Disk, draw
 
     body = manifest.content
-    base = _base(repository, body.base)
+    base = base_images(repository, body.base)
     disks = []
     for image in images:
         earlier = next((one for one in base if one.disk == image.disk), None)
@@ -150,7 +150,7 @@ def picture(repository: Repository, manifest: Manifest, images: Sequence[Image])
     return draw(f"{body.name} on {body.host}", f"image set {manifest.id}, {body.strategy}, {taken}", disks)
 
 
-def _base(repository: Repository, base: str | None) -> Sequence[Image]:
+def base_images(repository: Repository, base: str | None) -> Sequence[Image]:
     """The disks of the base set; none where it is gone: sets are whole without their base."""
     from imager.errors import IntegrityError
     from imager.repository import imageset

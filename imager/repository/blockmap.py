@@ -16,7 +16,7 @@ from imager._native import DATA, Slots
 from imager.errors import IntegrityError
 from imager.extents import Extents
 from imager.repository.format import KIND_MAP, PAGE_SLOTS
-from imager.repository.locator import MOST_LOOKS
+from imager.repository.locator import places_elsewhere
 from imager.repository.manifest import Image, root_level
 from imager.repository.repository import Repository
 from imager.storage.errors import Gone, StorageError
@@ -93,13 +93,7 @@ def _find_elsewhere(
 ) -> tuple[Page, Slots] | None:
     """The page by its id; looks again as long as others move it meanwhile. None where it is nowhere."""
     tried = {(page.pack, page.offset)}
-    for _ in range(MOST_LOOKS):
-        place = repository.locator.find(page.id, KIND_MAP, tried)
-        if place is None:
-            if not repository.locator.look_again():
-                return None
-            continue
-        tried.add(place[:2])
+    for place in places_elsewhere(repository.locator, page.id, KIND_MAP, tried):
         if listed_only and not repository.names.is_present(place[0]):
             continue
         moved = Page(page.level, page.index, page.id, *place)

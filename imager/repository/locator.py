@@ -115,6 +115,21 @@ class Locator:
         return True
 
 
+def places_elsewhere(
+    locator: Locator, identity: bytes, kind: int, tried: set[tuple[int, int]]
+) -> Iterator[Place]:
+    """The places of a record other than those that were `tried`, to which they are added; looks again as long
+    as others move it meanwhile. Raises `StorageError`.
+    """
+    for _ in range(MOST_LOOKS):
+        place = locator.find(identity, kind, tried)
+        if place is not None:
+            tried.add(place[:2])
+            yield place
+        elif not locator.look_again():
+            return
+
+
 def fetch_elsewhere(
     locator: Locator,
     failures: Sequence[_native.Failure],

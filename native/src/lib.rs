@@ -11,6 +11,7 @@ pub mod compare;
 pub mod crypto;
 pub mod digest;
 pub mod error;
+pub mod export;
 pub mod fetch;
 pub mod filter;
 pub mod fs;

@@ -2,6 +2,7 @@
 
 mod digests;
 mod errors;
+mod export;
 mod fs;
 mod known;
 mod packs;
@@ -26,5 +27,6 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     known::register(m)?;
     upkeep::register(m)?;
     work::register(m)?;
-    fs::register(m)
+    fs::register(m)?;
+    export::register(m)
 }
