@@ -351,12 +351,12 @@ class Repository(PackAccess):
                 try:
                     found = keys.open_envelope(envelope, self.secrets, self.id)
                 except IntegrityError:
-                    self._refuse_stray_epoch(int.from_bytes(envelope[4:8], "little"))
+                    self.refuse_stray_epoch(int.from_bytes(envelope[4:8], "little"))
                     raise
                 self._session_keys[envelope] = found
             return found
 
-    def _refuse_stray_epoch(self, number: int) -> None:
+    def refuse_stray_epoch(self, number: int) -> None:
         """Raises `WrongKey` where the key holds another private key of the epoch than the repository's."""
         private = self.secrets.epochs.get(number)
         try:

@@ -494,6 +494,47 @@ def test_a_rotation_that_loses_a_race_leaves_nothing(lab: Lab) -> None:
         assert list(repository.secrets.epochs) == [1]
 
 
+def test_two_rotations_of_one_secret_at_once_are_one(lab: Lab) -> None:
+    """The second takes the slot of the first for that of a rotation that was killed, and ends it."""
+    first, second = opened(lab, own(lab)), opened(lab, own(lab))
+    create = first.storage.create
+
+    def late(name: str, data: bytes) -> None:
+        if name.startswith(EPOCHS):
+            keyring.rotate(second, own(lab))
+        create(name, data)
+
+    first.storage.create = late  # type: ignore[method-assign]
+    assert keyring.rotate(first, own(lab)).epoch == 2
+    assert len(slots(lab)) == 1
+    with opened(lab, own(lab)) as repository:
+        number, public = repository.newest_epoch()
+        assert number == 2 and keys.epoch_public(repository.secrets.epochs[2]) == public
+
+
+def test_what_a_lost_race_left_is_not_built_on(lab: Lab) -> None:
+    """A slot whose private key of the newest epoch was never used: no slot that is made of it, or instead."""
+    first = lab.repository.secrets
+    stray = keys.Secrets(first.id_key, first.signing_seed, {**first.epochs, 2: os.urandom(32)})
+    keyring.rotate(lab.repository, own(lab))
+    lab.repository = opened(lab, own(lab))
+    genuine = lab.repository.slot
+    made = lab.backup(disk=noise(2))
+    assert genuine is not None
+    slot, raw = keys.new_slot(lab.repository.id, stray, own(lab), label=genuine.label)
+    (lab.root / SLOTS / slot).write_bytes(raw)
+    keymemory.KeyMemory(lab.repository.id).opened(slot)
+    repository = opened(lab, own(lab))
+    assert repository.slot is not None and repository.slot.slot == slot
+    for change in (lambda: keyring.add(repository, ONE), lambda: keyring.change(repository, TWO)):
+        with pytest.raises(WrongKey, match="never used"):
+            change()
+    assert slots(lab) == {slot, genuine.slot}
+    assert keyring.rotate(repository, own(lab)).slot == genuine.slot and slots(lab) == {genuine.slot}
+    with opened(lab, own(lab)) as again:
+        assert imageset.read_set(again, made.id).content.name == "d"
+
+
 def test_the_epoch_does_not_go_back(lab: Lab) -> None:
     """Somebody deletes the newest epoch, so that backups use a key again that a thief has."""
     write = {"role": "write", "host": "*"}
