@@ -224,7 +224,7 @@ def _same_secret(repository: Repository, secret: Secret) -> list[tuple[Slot, Sec
 def _begun_rotation(
     same: Iterable[tuple[Slot, Secrets]], epoch: int, public: bytes | None = None
 ) -> tuple[str, bytes] | None:
-    """(slot, private key) of a rotation to `epoch` that was killed; with `public`, one that published that."""
+    """(slot, private key) of a rotation to `epoch` that was killed; `public`: the epoch that it published."""
     held = ((slot.slot, one.epochs[epoch]) for slot, one in same if epoch in one.epochs)
     return next((one for one in held if public in (None, keys.epoch_public(one[1]))), None)
 

@@ -569,6 +569,23 @@ def test_the_next_backup_of_his_machine_is_not_built_on_another_ones_set(scene: 
     assert code == 30 and "may sign sets of elsewhere" in said
 
 
+def test_what_anybody_put_there_hides_no_rollback(scene: Scene) -> None:
+    """A forged manifest, newer than all in the lineage, does not become what this machine remembers."""
+    raw = scene.set("third").read_bytes()
+    length = int.from_bytes(raw[8:12], "little")
+    public = {**json.loads(raw[16 : 16 + length]), "set": "ab" * 16, "sequence": 1000, "created": now()}
+    head = canonical(public)
+    forged = raw[:8] + len(head).to_bytes(4, "little") + raw[12:16] + head + raw[16 + length :]
+    path = scene.path("sets/" + "ab" * 16)
+    path.write_bytes(forged)
+    source = scene.place.folder / "gamma.img"
+    assert scene.place.imager("backup", source, "--name", "seen").code == 0
+    path.unlink()
+    newest_deleted(scene)
+    ended = scene.place.imager("backup", source, "--name", "seen")
+    assert ended.code == 0 and f"{scene.world.sets['third']} (number" in ended.out, ended.out
+
+
 def test_numbers_that_do_not_fit_are_refused_by_hand_too(scene: Scene) -> None:
     with pytest.raises(ValueError, match="sequence"):
         scene.forge(previous=None, sequence=2)

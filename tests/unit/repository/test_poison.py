@@ -55,7 +55,9 @@ class Attacker:
         """A pack of records (id, public part, sealed part) that say what he likes; where they lie."""
         raw: list[bytes] = []
         with Session.begin(self.repository, host="evil") as session:
-            header = by_hand.pack_header(kind, self.repository.id, os.urandom(16), 0, [session.envelope or b""])
+            header = by_hand.pack_header(
+                kind, self.repository.id, os.urandom(16), 0, [session.envelope or b""]
+            )
         for identity, public, sealed in records:
             payload = (struct.pack("<I", len(public)) + public if kind == KIND_MAP else b"") + sealed
             head = by_hand.head(kind, 0, 0, len(sealed) - 16, len(payload), identity, os.urandom(12))
