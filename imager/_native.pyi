@@ -211,9 +211,9 @@ class MapPack:
         """Read the page `id` in this pack (number `pack`); mark it and, on level 0, its blocks.
 
         A block counts where the page says, if that pack is present in `names`; else where
-        `known` has it (in several places: see `take_doubtful`), else where `stranded` has it. Returns (id, pack, offset, length) of the pages
-        below, None where this record was read before. Raises DamagedError where another record lies
-        there, or a damaged one; OSError."""
+        `known` has it (in several places: see `take_doubtful`), else where `stranded` has it. Returns
+        (id, pack, offset, length) of the pages below, None where this record was read before. Raises
+        DamagedError where another record lies there, or a damaged one; OSError."""
 
 class Merged:
     """A pack put together out of others."""

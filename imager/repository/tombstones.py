@@ -12,7 +12,7 @@ from collections.abc import Callable
 import msgspec
 
 from imager.errors import IntegrityError, WrongKey
-from imager.repository import keys, sessions
+from imager.repository import keys, partial, sessions
 from imager.repository.format import (
     FORGOTTEN,
     MAX_SMALL_JSON,
@@ -32,7 +32,7 @@ from imager.repository.repository import Repository
 from imager.storage.errors import AlreadyExists, NotFound
 
 __all__ = [
-    "check_may_forget", "digests", "exists", "forget", "forgotten_ids", "pin", "pinned", "read_pin",
+    "all_digests", "check_may_forget", "digests", "exists", "forget", "forgotten_ids", "pin", "pinned", "read_pin",
     "read_tombstone", "unpin",
 ]  # fmt: skip
 
@@ -124,6 +124,12 @@ def digests(repository: Repository) -> Callable[[str], str | None]:
         return found.digest if found is not None else None
 
     return digest_of
+
+
+def all_digests(repository: Repository) -> list[bytes]:
+    """Digests of the manifests of all sets that were forgotten here. Raises `StorageError`."""
+    found = partial.at_once(repository.storage, digests(repository), sorted(forgotten_ids(repository)))
+    return [bytes.fromhex(digest) for digest in found if digest is not None]
 
 
 def exists(repository: Repository) -> Callable[[str], bool]:
