@@ -51,7 +51,7 @@ def remove(repository: Repository, text: str) -> Removed:
     """Remove the slot that `text` names. A slot of the role write: its writer is revoked first.
 
     Where no slot is left of a writer, its label or id names it too. Raises `UsageError` (no such slot; the
-    last full one), `WrongKey`, `IntegrityError` (it cannot be told which writer the slot is of), `StorageError`.
+    last full one), `WrongKey`, `IntegrityError` (it cannot be told whose slot it is), `StorageError`.
     """
     secrets = need_full(repository)
     slots, _, _ = read_slots(repository)

@@ -32,8 +32,8 @@ from imager.repository.repository import Repository
 from imager.storage.errors import AlreadyExists, NotFound
 
 __all__ = [
-    "all_digests", "check_may_forget", "digests", "exists", "forget", "forgotten_ids", "pin", "pinned", "read_pin",
-    "read_tombstone", "unpin",
+    "all_digests", "check_may_forget", "digests", "exists", "forget", "forgotten_ids", "parse_tombstone",
+    "pin", "pinned", "read_pin", "read_tombstone", "unpin",
 ]  # fmt: skip
 
 
@@ -91,11 +91,17 @@ def read_tombstone(repository: Repository, set_id: str) -> Tombstone | None:
 
     Raises `IntegrityError` for a forged one, `StorageError`.
     """
-    what = f"the tombstone of image set {set_id}"
     try:
-        value = parse(repository.storage.read(FORGOTTEN + set_id, 0, MAX_SMALL_JSON + 1), what)
+        raw = repository.storage.read(FORGOTTEN + set_id, 0, MAX_SMALL_JSON + 1)
     except NotFound:
         return None
+    return parse_tombstone(repository, set_id, raw)
+
+
+def parse_tombstone(repository: Repository, set_id: str, raw: bytes) -> Tombstone:
+    """The tombstone of a set out of its bytes. Raises `IntegrityError` for a forged one."""
+    what = f"the tombstone of image set {set_id}"
+    value = parse(raw, what)
     found = shape(value, Tombstone, what)
     if found.set != set_id or found.repository != repository.config.repository:
         raise IntegrityError(f"{what} is damaged: it belongs to another set or repository")

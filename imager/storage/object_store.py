@@ -251,6 +251,8 @@ class ObjectStorage:
             found: list[Entry] = []
             for chunk in obstore.list(store, folder, chunk_size=1000):
                 found += [Entry(one["path"], one["size"]) for one in chunk]
+            if folder and any(not entry.name.startswith(folder + "/") for entry in found):
+                raise StorageError(f"listing {folder} failed: {self.url} names objects that are not below it")
             return found
 
         return iter(self._call(f"listing {folder or 'everything'}", collect))
