@@ -10,7 +10,15 @@ from collections import OrderedDict
 from collections.abc import Iterable
 
 from imager.repository.findings import Hurt, Problem, Survey
-from imager.repository.format import FOOTER, KIND_DATA, KIND_MAP, RECORD_HEAD, TRAILER_ENTRY, pack_object
+from imager.repository.format import (
+    FOOTER,
+    KIND_DATA,
+    KIND_MAP,
+    MAX_PACK,
+    RECORD_HEAD,
+    TRAILER_ENTRY,
+    pack_object,
+)
 from imager.repository.manifest import Manifest
 from imager.repository.public import Place, PublicPage, PublicReader, walk
 from imager.storage.errors import NotFound, StorageError
@@ -111,6 +119,8 @@ class _Trailers:
 
     def _read(self, path: str) -> Entries | None:
         storage, size = self._found.repository.storage, self._found.sizes[path]
+        if size > MAX_PACK:
+            return None
         try:
             footer = storage.read(path, size - FOOTER, FOOTER)
             count, at = int.from_bytes(footer[8:12], "little"), int.from_bytes(footer[16:24], "little")

@@ -34,6 +34,7 @@ from imager.repository.format import (
     KIND_DATA,
     KIND_MAP,
     MAPS,
+    MAX_PACK,
     MAX_SMALL_JSON,
     PACKS,
     PINS,
@@ -249,6 +250,8 @@ def _frame_problems(
 
 def _frame_problem(repository: Repository, path: str, kind: int, size: int) -> str | None:
     """What is wrong with a pack's header, footer or size."""
+    if size > MAX_PACK:
+        return "it is larger than a pack can be"
     try:
         header, footer = ends(repository.storage, path, size)
         _native.pack_envelopes(header, repository.id)

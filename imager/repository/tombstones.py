@@ -49,7 +49,7 @@ def check_may_forget(repository: Repository) -> None:
 def forget(repository: Repository, manifest: Manifest, *, host: str, reason: str) -> None:
     """Forget a set for good: its tombstone first, its manifest last, so that this can be done again.
 
-    Raises `WrongKey`, `StorageError`.
+    Raises `WrongKey`, `StorageError`; `IntegrityError` where another tombstone is in its place.
     """
     check_may_forget(repository)
     storage = repository.storage
@@ -71,7 +71,11 @@ def forget(repository: Repository, manifest: Manifest, *, host: str, reason: str
     try:
         storage.create(FORGOTTEN + manifest.id, canonical(value))
     except AlreadyExists:
-        pass  # This was begun before.
+        found = read_tombstone(repository, manifest.id)  # This was begun before, or somebody forged it.
+        if found is not None and found.digest != bare.digest:
+            raise IntegrityError(
+                f"the tombstone of image set {manifest.id} is that of another manifest"
+            ) from None
     # Without its manifest an announcement would look like a backup that still runs.
     sessions.end(storage, manifest.id)
     try:

@@ -19,6 +19,7 @@ from imager.errors import Locked, UsageError
 from imager.storage.base import TOP, Entry, Staged, check_name
 from imager.storage.errors import AlreadyExists, NotFound, StorageError
 from imager.storage.spool import Spool, mapped
+from imager.storage.wire import MAX_OBJECT
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -125,7 +126,10 @@ class ObjectStorage:
 
     def open(self, name: str) -> int:
         """A descriptor of a temporary copy. Raises `NotFound`, `StorageError`."""
-        return self._spool.copy(name, self.size(name))
+        size = self.size(name)
+        if size > MAX_OBJECT:
+            raise StorageError(f"{name} has {size} bytes, which is more than an object here can have")
+        return self._spool.copy(name, size)
 
     def size(self, name: str) -> int:
         """Length in bytes. Raises `NotFound`, `StorageError`."""
