@@ -43,7 +43,7 @@ from imager.repository.format import (
     numbered,
     parse_config,
 )
-from imager.repository.keymemory import KeyMemory
+from imager.repository.keymemory import KeyMemory, PlaceMemory
 from imager.repository.keys import Secrets
 from imager.repository.packs import PackAccess, Reader
 from imager.repository.unlocking import Unlocking, in_order
@@ -119,7 +119,15 @@ class Opening:
 
     def unlock(self) -> Repository:
         """Wait for the keys. Raises `WrongKey`, `IntegrityError`."""
+        place = PlaceMemory(self.storage.url)
         if self._unlocking is None:
+            if before := place.encrypted:
+                raise IntegrityError(
+                    f"the repository in {self.storage.url} was encrypted when this machine used it last, and "
+                    "this one is not: its config was replaced, and nothing was stored in the open",
+                    hint=f"put config of {before[:8]} back from a copy; if you made another repository there "
+                    f"on purpose, delete {place.path}",
+                )
             return Repository(self.storage, self.config, Secrets(bytes.fromhex(self.config.id_key), b"", {}))
         secrets = self._unlocking.result()
         verify_key = bytes.fromhex(self.config.verify_key)
@@ -136,6 +144,7 @@ class Opening:
         ):
             raise IntegrityError(f"key slot {slot.slot} has the certificate of another writer")
         KeyMemory(self.id).opened(slot.slot)
+        place.saw(self.config.repository)
         return Repository(self.storage, self.config, secrets, slot)
 
 
@@ -237,6 +246,8 @@ class Repository(PackAccess):
                 storage.create(CONFIG, raw)
             except AlreadyExists as error:
                 raise UsageError(f"there is a repository in {storage.url} already") from error
+        place = PlaceMemory(storage.url)
+        place.saw(config.repository) if sealed else place.forget()
         return Repository(storage, config, secrets)
 
     @property

@@ -475,6 +475,26 @@ def test_a_config_of_his_own_is_refused(scene: Scene) -> None:
             scene.open(secret)
 
 
+def test_a_config_without_encryption_is_refused(scene: Scene) -> None:
+    """Nobody who has used the repository stores anything in the open because somebody else says so."""
+    path = scene.path("config")
+    raw = path.read_bytes()
+    value = json.loads(raw)
+    bare = {key: one for key, one in value.items() if key not in ("seal", "verify_key")}
+    bare |= {"encryption": "none", "id_key": "ab" * 32}
+    for repository in (value["repository"], "cd" * 16):
+        bare["repository"] = repository
+        write(path, canonical({**bare, "seal": config_message(bare).hex()}))
+        before = [scene.place.files(kind) for kind in ("packs", "sessions", "sets")]
+        source = scene.place.folder / "gamma.img"
+        for verb in (["backup", source, "--name", "x"], ["list"], ["check"]):
+            ended = scene.place.imager(*verb)
+            assert ended.code == 30 and "was encrypted" in ended.err and '"hint":"put config' in ended.err
+        assert before == [scene.place.files(kind) for kind in ("packs", "sessions", "sets")]
+    write(path, raw)
+    assert scene.place.imager("check").code == 0
+
+
 def test_a_slot_of_his_own_gives_him_nothing(scene: Scene) -> None:
     """With secrets that he made up, in every role; and one that would give the owner another repository."""
     with scene.open(MINE) as repository:
