@@ -180,6 +180,8 @@ def _create(source: Repository, target: Storage, done: _Done) -> None:
     with target.initializing():
         refuse_used(target)
         for prefix in _FIRST:
+            for name in target.list_names(prefix):
+                target.delete(name)  # An init or a sync was interrupted: no config, so nobody needs these.
             for name in source.storage.list_names(prefix):
                 _object(source, target, name, done)
         target.create(CONFIG, raw)
