@@ -14,7 +14,7 @@ from imager.repository.format import (
     FOOTER,
     KIND_DATA,
     KIND_MAP,
-    MAX_PACK,
+    MAX_RECORDS,
     RECORD_HEAD,
     TRAILER_ENTRY,
     pack_object,
@@ -119,12 +119,10 @@ class _Trailers:
 
     def _read(self, path: str) -> Entries | None:
         storage, size = self._found.repository.storage, self._found.sizes[path]
-        if size > MAX_PACK:
-            return None
         try:
             footer = storage.read(path, size - FOOTER, FOOTER)
             count, at = int.from_bytes(footer[8:12], "little"), int.from_bytes(footer[16:24], "little")
-            if at + count * TRAILER_ENTRY + FOOTER != size:
+            if count > MAX_RECORDS or at + count * TRAILER_ENTRY + FOOTER != size:
                 return None
             trailer = storage.read(path, at, count * TRAILER_ENTRY)
         except (NotFound, StorageError):

@@ -266,7 +266,7 @@ impl Writer {
     fn append(&mut self, head: &Head, payload: &[u8], digest: &Id) -> Result<u32> {
         let offset = self.size();
         let more = (HEAD + payload.len() + self.trailer.len()) as u64;
-        if offset + more + pack::TAIL_ROOM > u64::from(u32::MAX) {
+        if offset + more + pack::TAIL_ROOM > u64::from(u32::MAX) || self.records as usize >= pack::MAX_RECORDS {
             return invalid("more records than a pack can hold");
         }
         let encoded = head.encode();

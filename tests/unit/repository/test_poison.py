@@ -19,6 +19,7 @@ from imager import _native, reference
 from imager.errors import IntegrityError
 from imager.events import Silent
 from imager.repository import forgetting, heal, imageset, index, keyring
+from imager.repository.check import check
 from imager.repository.credentials import Credentials
 from imager.repository.format import KIND_DATA, KIND_MAP, lineage_id, now, pack_object
 from imager.repository.keyless import open_keyless
@@ -220,3 +221,23 @@ def test_the_index_gives_no_page_of_others_away(lab: Lab, tmp_path: Path) -> Non
     for _ in range(2):
         prune(lab)
     assert is_whole(lab, lab.root, made.id)
+
+
+def test_a_pack_of_more_records_than_one_can_have_takes_no_memory(lab: Lab, tmp_path: Path) -> None:
+    """Records may be tiny: without a bound, four GiB of them would be more than the memory of who checks."""
+    header = by_hand.pack_header(KIND_DATA, lab.repository.id, bytes(16), 0, [])
+    count = (1 << 21) + 1
+    footer = struct.pack("<8sIIQ", b"IMGRTAIL", count, 96, len(header))
+    footer += struct.pack("<Q", reference.xxh3(footer))
+    name = "ab" * 32
+    path = lab.root / pack_object(KIND_DATA, bytes.fromhex(name))
+    path.parent.mkdir(parents=True)
+    with path.open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + count * 96)
+        file.seek(0, os.SEEK_END)
+        file.write(footer)
+    with path.open("rb") as file, pytest.raises(_native.DamagedError, match="more than one can have"):
+        _native.pack_records(file.fileno(), None, lab.repository.id)
+    report = check(lab.repository, Silent(), read_data="all")
+    assert any("more than one can have" in problem.detail for problem in report.problems)
