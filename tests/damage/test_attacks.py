@@ -24,9 +24,10 @@ import msgspec
 import pytest
 
 from imager import _native
+from imager.cli.main import run
 from imager.errors import ImagerError, IntegrityError, WrongKey
 from imager.events import Silent
-from imager.repository import imageset, index, keyring, keys, manifest, removal, writers
+from imager.repository import imageset, index, keyring, keys, manifest, removal, sessions, writers
 from imager.repository.credentials import Credentials
 from imager.repository.format import KIND_DATA, canonical, config_message, lineage_id, now, pack_object
 from imager.repository.imageset import Manifest, Previous
@@ -604,6 +605,24 @@ def test_what_anybody_put_there_hides_no_rollback(scene: Scene) -> None:
     newest_deleted(scene)
     ended = scene.place.imager("backup", source, "--name", "seen")
     assert ended.code == 0 and f"{scene.world.sets['third']} (number" in ended.out, ended.out
+
+
+def test_names_of_his_choice_do_not_look_like_what_the_program_says(
+    scene: Scene, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither steer they the terminal, nor are they lines of their own."""
+    lie = "\x1b[2K\rok\nthe repository is whole\x9b1A\u202e"
+    scene.forge(name=lie, sequence=1, previous=None)
+    with scene.open(MINE) as repository:
+        sessions.announce(repository.storage, repository.config.repository, "ab" * 16, host=lie)
+    root = ["-r", str(scene.place.root)]
+    for verb in (["list"], ["check"], ["prune", "--dry-run"], ["show", "latest"]):
+        code = run([*root, *verb])
+        ended = capsys.readouterr()
+        said = ended.out + ended.err
+        assert "?" in said and not any(c in said for c in "\x1b\r\x9b\u202e"), said
+        assert not any(line.startswith(("ok", "the repository is whole")) for line in said.splitlines()[:-1])
+        assert code == 0
 
 
 def test_numbers_that_do_not_fit_are_refused_by_hand_too(scene: Scene) -> None:
