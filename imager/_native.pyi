@@ -175,6 +175,12 @@ class Marks:
         """(live records, their bytes, bytes of those that a newest set needs)."""
     def offsets(self, pack: int, newest: bool) -> list[int]:
         """Where the live records begin, in order: those that a newest set needs, or the others."""
+    def add(self, pack: int, offset: int, length: int, newest: bool) -> None:
+        """A record lives."""
+    def take_doubtful(self) -> list[tuple[bytes, list[tuple[int, int, int]], bool]]:
+        """Blocks that are not where a map says and have several places, each once: (id, places, newest).
+
+        None of the places (pack, offset, length) is marked yet."""
     lost: int
     """References to blocks that were found nowhere."""
     read: int
@@ -187,6 +193,8 @@ class MapPack:
 
     def __init__(self, fd: int, name: bytes, repository: bytes) -> None:
         """Raises DamagedError, OSError."""
+    def digest(self, offset: int) -> bytes | None:
+        """Digest of the payload of the record that begins there."""
     def mark(
         self,
         fd: int,
@@ -204,9 +212,9 @@ class MapPack:
         """Read the page `id` in this pack (number `pack`); mark it and, on level 0, its blocks.
 
         A block counts where the page says, if that pack is present in `names`; else where
-        `known` has it, else where `stranded` has it. Returns (id, pack, offset, length) of the pages
-        below, None where this record was read before. Raises DamagedError where another record lies
-        there, or a damaged one; OSError."""
+        `known` has it (in several places: see `take_doubtful`), else where `stranded` has it. Returns
+        (id, pack, offset, length) of the pages below, None where this record was read before. Raises
+        DamagedError where another record lies there, or a damaged one; OSError."""
 
 class Merged:
     """A pack put together out of others."""

@@ -96,7 +96,7 @@ def _as_error(error: BaseException) -> ImagerError | None:
 def report(error: ImagerError, *, as_json: bool) -> None:
     """Say what went wrong on standard error."""
     from imager.cli.shell import encode
-    from imager.cli.style import paint
+    from imager.cli.style import clean, paint
 
     if as_json:
         fields = {
@@ -107,9 +107,9 @@ def report(error: ImagerError, *, as_json: bool) -> None:
         }
         text = encode({"message_type": "error", **fields})
     else:
-        text = f"{paint('error:', 'red', sys.stderr)} {error.message}"
+        text = f"{paint('error:', 'red', sys.stderr)} {clean(error.message)}"
         if error.hint:
-            text += f"\n\n{paint('hint:', 'cyan', sys.stderr)} {error.hint}"
+            text += f"\n\n{paint('hint:', 'cyan', sys.stderr)} {clean(error.hint)}"
     sys.stderr.write(text + "\n")
 
 

@@ -11,7 +11,7 @@ from collections import deque
 from time import monotonic
 from typing import IO, TYPE_CHECKING
 
-from imager.cli.style import is_terminal, paint
+from imager.cli.style import clean, is_terminal, paint
 from imager.units import format_duration, format_rate, format_size
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class TerminalReporter:
         if not self._open:
             return
         try:
-            self._stream.write(text + "\n")
+            self._stream.write(clean(text) + "\n")
             self._stream.flush()
         except (OSError, ValueError):
             self._open = False

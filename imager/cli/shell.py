@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from imager.cli.style import clean
 from imager.errors import UsageError
 
 if TYPE_CHECKING:
@@ -53,7 +54,11 @@ class Shell:
 
     def print(self, text: str = "") -> None:
         """A line of the result. Call it only where `json` is false."""
-        sys.stdout.write(text + "\n")
+        sys.stdout.write(clean(text) + "\n")
+
+    def page(self, text: str) -> None:
+        """Lines of this program's own making: a picture, a script."""
+        sys.stdout.write(text.rstrip() + "\n")
 
     def document(self, value: object) -> None:
         """The result of a query as one JSON document."""

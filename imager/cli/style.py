@@ -2,16 +2,31 @@
 
 Invariant: colour repeats what the words say and is left out where the output
 is no terminal or NO_COLOR is set; a table that is piped is aligned text with
-one row a line and nothing cut off.
+one row a line and nothing cut off. What others have named (machines, sets, disks, reasons) can neither
+steer a terminal nor look like a line of this program's: `clean` is for every line that is shown.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from typing import IO
 
 _CODES = {"bold": "1", "dim": "2", "red": "1;31", "green": "32", "yellow": "1;33", "cyan": "36"}
+
+
+_OWN = re.compile(r"(\033\[(?:0|" + "|".join(_CODES.values()) + ")m)")
+"What `paint` adds."
+
+
+def clean(line: str) -> str:
+    """One line as it may be shown: what is not printable becomes a question mark, but for our own colours."""
+    if line.isprintable():
+        return line
+    parts = _OWN.split(line)
+    parts[::2] = ("".join(c if c.isprintable() else "?" for c in part) for part in parts[::2])
+    return "".join(parts)
 
 
 def is_terminal(stream: IO[str]) -> bool:
@@ -38,6 +53,7 @@ def table(
     stream: IO[str], headings: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()
 ) -> None:
     """Write `rows` under `headings`; the columns in `right` are aligned to the right."""
+    rows = [[clean(cell) for cell in row] for row in rows]
     if is_terminal(stream):
         _rich_table(stream, headings, rows, right)
         return

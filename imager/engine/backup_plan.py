@@ -15,11 +15,10 @@ from msgspec import Struct
 from imager.engine.source import SourcePlan, lineage_name, plan_sources
 from imager.errors import ImagerError, UsageError, WrongKey
 from imager.events import Reporter
-from imager.repository import imageset, knownpages, tombstones
+from imager.repository import imageset, knownpages, suspicion
 from imager.repository.format import is_block_size, lineage_id
 from imager.repository.imageset import Head, Image, Manifest
 from imager.repository.repository import Repository
-from imager.repository.witness import Witness
 from imager.repository.writers import ANY_HOST
 from imager.units import KIB, MIB, TIB, format_size
 
@@ -106,12 +105,7 @@ def plan(
     host = imageset.this_host()
     _may_sign(repository, host)
     heads, damaged = imageset.heads(repository)
-    for problem in Witness(repository.place).observe(
-        heads,
-        damaged=[item.id for item in damaged],
-        forgotten=tombstones.digests(repository),
-        there=tombstones.exists(repository),
-    ):
+    for problem in suspicion.of_history(repository, heads, damaged):
         reporter.warn(problem, hint="run imager check; if that was you, go on: this backup will be whole")
     lineage = lineage_id(repository.secrets.id_key, host, name)
     previous, unusable = imageset.latest_of(repository, lineage, heads, host)

@@ -18,11 +18,10 @@ from imager.engine.windows import Ranges, Window, windows
 from imager.errors import IntegrityError, UsageError
 from imager.events import Reporter
 from imager.extents import Extents
-from imager.repository import imageset, tombstones
+from imager.repository import imageset, suspicion
 from imager.repository.blockmap import MapReader
 from imager.repository.manifest import Manifest
 from imager.repository.repository import Repository
-from imager.repository.witness import Witness
 
 OnDamage = Callable[[int, int, str], None]
 """`on_damage(first, count, reason)`: these blocks' map page cannot be read."""
@@ -100,12 +99,7 @@ class Image(Struct):
 def tell_of_rollback(repository: Repository, reporter: Reporter) -> None:
     """Warn where sets that this machine has seen are gone or replaced: the newest may not be the newest."""
     heads, damaged = imageset.heads(repository)
-    for problem in Witness(repository.place).observe(
-        heads,
-        damaged=[item.id for item in damaged],
-        forgotten=tombstones.digests(repository),
-        there=tombstones.exists(repository),
-    ):
+    for problem in suspicion.of_history(repository, heads, damaged):
         reporter.warn(problem, hint="imager list shows what is there now; choose a set by what it holds")
 
 

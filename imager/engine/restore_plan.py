@@ -21,6 +21,7 @@ from imager.engine.images import Image
 from imager.engine.journal import Journal
 from imager.errors import IntegrityError, UsageError
 from imager.events import Reporter
+from imager.repository import imageset
 from imager.repository.repository import Repository
 from imager.storage.base import Storage
 from imager.storage.location import local_path
@@ -49,6 +50,7 @@ class RestorePlan:
 
     set: str
     name: str
+    host: str
     disk: str
     finished: int
     size: int
@@ -77,8 +79,10 @@ class RestorePlan:
             what += f" of {format_size(self.target_size)} ({self.target_size} bytes)"
         if self.needs_confirmation:
             what += f", {self.target_model or 'no model'}, serial {self.target_serial or 'unknown'}"
+        # Any machine that may back up can make the newest set, and call it as it likes.
+        disk = self.disk if self.host == imageset.this_host() else f"{self.disk}, of the machine {self.host}"
         lines = [
-            f"set:     {self.name} {self.set[:8]} of {format_time(self.finished / 1e6)}, disk {self.disk}",
+            f"set:     {self.name} {self.set[:8]} of {format_time(self.finished / 1e6)}, disk {disk}",
             f"image:   {format_size(self.size)} ({self.size} bytes), {format_size(self.data)} of data",
             f"target:  {self.target}, {what}",
         ]
@@ -155,6 +159,7 @@ def plan(
     facts = Planned(
         set=image.manifest.id,
         name=image.manifest.name,
+        host=image.manifest.content.host,
         disk=image.disk,
         finished=image.manifest.content.finished,
         size=image.geometry.size,

@@ -55,9 +55,7 @@ class Problem(Struct, frozen=True):
     repaired: bool = False
 
     def __str__(self) -> str:
-        lines = [f"{self.object}: {self.detail}{' (repaired)' if self.repaired else ''}"]
-        lines += [f"  hurts {hurt}" for hurt in self.hurt]
-        return "\n".join(lines)
+        return f"{self.object}: {self.detail}{' (repaired)' if self.repaired else ''}"
 
 
 class Survey(Struct):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from imager.repository.format import FOOTER, TRAILER_ENTRY
+from imager.repository.format import FOOTER, MAX_RECORDS, TRAILER_ENTRY
 from imager.repository.packs import header_length, read_header
 from imager.storage import spool
 from imager.storage.base import Storage
@@ -53,7 +53,7 @@ def open_frame(storage: Storage, name: str) -> int:
     footer = tail[-FOOTER:]
     trailer = int.from_bytes(footer[16:24], "little")
     records = int.from_bytes(footer[8:12], "little")
-    if trailer < tail_at and trailer + records * TRAILER_ENTRY + FOOTER == size:
+    if trailer < tail_at and records <= MAX_RECORDS and trailer + records * TRAILER_ENTRY + FOOTER == size:
         tail_at, tail = trailer, storage.read(name, trailer, size - trailer)
     header = b""
     if tail_at:

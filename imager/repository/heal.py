@@ -25,7 +25,6 @@ from imager.repository.format import (
     KIND_MAP,
     MAPS,
     MAX_JSON,
-    MAX_SMALL_JSON,
     PACK_TARGET,
     PACKS,
     REVOKED,
@@ -34,7 +33,6 @@ from imager.repository.format import (
     SLOTS,
     is_pack_name,
     pack_object,
-    parse_session,
 )
 from imager.repository.manifest import is_abort_mark, is_sealed, parse_public
 from imager.repository.public import PublicPage, PublicReader, walk
@@ -138,8 +136,6 @@ def _is_whole(copy: Repository, name: str, raw: bytes) -> None:
         parse_public(raw, own, copy.config.repository)
         if is_abort_mark(raw) or not is_sealed(copy, raw):
             raise IntegrityError(f"image set {own} is damaged")
-    elif name.startswith(SESSIONS):
-        parse_session(raw[: MAX_SMALL_JSON + 1], own, copy.config.repository)
     else:
         sync_objects.verify_small(copy, name, raw)
 

@@ -1,8 +1,8 @@
 """What this machine remembers of a repository's keys: which slot opened, and what must not be undone.
 
-Invariant: nothing secret is in it. The newest epoch and the revocations that were
-seen here never go back by themselves; a lost or unwritable memory costs a little
-time and these two warnings, never a backup.
+Invariant: nothing secret is in it. The newest epoch, the revocations that were seen here, and that
+there is an encrypted repository at a place, never go back by themselves; a lost or unwritable memory costs a
+little time and these guards, never a backup.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import os
 
 import msgspec
 
-from imager import config
+from imager import _native, config
+from imager.repository.format import is_id
 
 _MAX_STATE = 64 << 20
 
@@ -72,12 +73,46 @@ class KeyMemory:
             return _State()
 
     def _store(self) -> None:
-        staged = f"{self._path}.{os.getpid()}"
+        _write(self._path, msgspec.json.encode(self._state))
+
+
+class PlaceMemory:
+    """Whether the repository at a place (a storage's URL) was encrypted when it was used here."""
+
+    def __init__(self, url: str) -> None:
+        name = _native.blake3(url.encode(errors="surrogateescape"))[:16].hex()
+        self.path = os.path.join(config.state_dir(), "encrypted", name)
+
+    @property
+    def encrypted(self) -> str:
+        """Id of the encrypted repository that was here; empty where none is remembered."""
         try:
-            os.makedirs(os.path.dirname(self._path), 0o700, exist_ok=True)
-            fd = os.open(staged, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC, 0o600)
-            with os.fdopen(fd, "wb") as file:
-                file.write(msgspec.json.encode(self._state))
-            os.replace(staged, self._path)
+            with open(self.path, "rb") as file:
+                found = file.read(100).decode(errors="replace")
         except OSError:
-            pass  # It is an aid and a second guard; the first ones are in the repository.
+            return ""
+        return found if is_id(found) else ""
+
+    def saw(self, repository: str) -> None:
+        """Remember an encrypted one."""
+        if self.encrypted != repository:
+            _write(self.path, repository.encode())
+
+    def forget(self) -> None:
+        """Another one was made here on purpose."""
+        try:
+            os.unlink(self.path)
+        except OSError:
+            pass  # It was not there, or it stays and the next use asks for a person.
+
+
+def _write(path: str, content: bytes) -> None:
+    staged = f"{path}.{os.getpid()}"
+    try:
+        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+        fd = os.open(staged, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "wb") as file:
+            file.write(content)
+        os.replace(staged, path)
+    except OSError:
+        pass  # It is an aid and a second guard; the first ones are in the repository.

@@ -49,6 +49,7 @@ def check_addition(
 ) -> None:
     """Raises what `add` would, before a secret is asked for."""
     need_full(repository)
+    _refuse_stray_epochs(repository)
     if role not in keys.ROLES:
         raise UsageError(f"unknown role {role!r}", hint=f"choose {', '.join(keys.ROLES)}")
     if (role == WRITE) != bool(host):
@@ -91,6 +92,7 @@ def add(
 def check_change(repository: Repository) -> Slot:
     """The slot that `change` would replace. Raises what it would, before a secret is asked for."""
     need_sealed(repository)
+    _refuse_stray_epochs(repository)
     old = repository.slot
     if old is None:
         raise UsageError("it is not known which key slot opened")
@@ -143,7 +145,8 @@ def rotate(repository: Repository, secret: Secret | None) -> Rotated:
     """Begin a new key epoch: later sets are encrypted to it. `secret`: that of the slot that opened.
 
     The new private key goes into a new slot of the same secret, then the epoch is
-    published, then the old slot goes. Raises `WrongKey`, `UsageError`, `StorageError`.
+    published, then the old slot goes. Raises `WrongKey`, `UsageError`, `IntegrityError` (somebody put
+    another object in the epoch's place), `StorageError`.
     """
     mine = need_full(repository)
     old = repository.slot
@@ -151,10 +154,11 @@ def rotate(repository: Repository, secret: Secret | None) -> Rotated:
         raise UsageError("it is not known which key slot opened")
     newest, public = repository.newest_epoch()
     same = _same_secret(repository, secret)
-    if newest not in mine.epochs:
-        # The rotation to it may have been this key's own, killed before the old slot went.
-        begun = _begun_rotation(same, newest)
-        if begun is None or keys.epoch_public(begun[1]) != public:
+    if newest not in mine.epochs or keys.epoch_public(mine.epochs[newest]) != public:
+        # The rotation to it may have been this key's own, killed before the old slot went. Or this slot is
+        # what is left of one that lost a race: what it has for this epoch, the repository never used.
+        begun = _begun_rotation(same, newest, public)
+        if begun is None:
             raise WrongKey(
                 f"this key does not read key epoch {newest}, so it cannot begin the next one",
                 hint="use a key that reads every epoch: imager key list tells",
@@ -174,6 +178,14 @@ def rotate(repository: Repository, secret: Secret | None) -> Rotated:
             keys.new_epoch(repository.id, epoch, private, mine.signing_seed),
         )
     except AlreadyExists as error:
+        try:
+            published = repository.epoch(epoch)
+        except IntegrityError:
+            repository.storage.delete(SLOTS + name)
+            raise
+        if published == keys.epoch_public(private):
+            # Another rotation of this very secret has published it: the slot holds its only private key.
+            return _finish_rotation(repository, epoch, name, same)
         repository.storage.delete(SLOTS + name)
         raise UsageError(
             f"key epoch {epoch} is there already: another rotation was faster",
@@ -209,6 +221,15 @@ def _same_secret(repository: Repository, secret: Secret) -> list[tuple[Slot, Sec
     return found
 
 
-def _begun_rotation(same: Iterable[tuple[Slot, Secrets]], epoch: int) -> tuple[str, bytes] | None:
-    """(slot, private key) of a rotation to `epoch` that was killed before it published the epoch."""
-    return next(((slot.slot, one.epochs[epoch]) for slot, one in same if epoch in one.epochs), None)
+def _begun_rotation(
+    same: Iterable[tuple[Slot, Secrets]], epoch: int, public: bytes | None = None
+) -> tuple[str, bytes] | None:
+    """(slot, private key) of a rotation to `epoch` that was killed; `public`: the epoch that it published."""
+    held = ((slot.slot, one.epochs[epoch]) for slot, one in same if epoch in one.epochs)
+    return next((one for one in held if public in (None, keys.epoch_public(one[1]))), None)
+
+
+def _refuse_stray_epochs(repository: Repository) -> None:
+    """Raises `WrongKey` where a slot made of this key would claim an epoch that it does not read."""
+    for number in repository.secrets.epochs:
+        repository.refuse_stray_epoch(number)

@@ -63,6 +63,11 @@ class Locator:
                         break
         return found
 
+    def is_doubtful(self, identity: bytes, tried: Container[tuple[int, int]]) -> bool:
+        """Whether another place of a record that was found is known than those that were tried."""
+        places = ((self._translated(pack), offset) for pack, offset, _ in self._known.places(identity))
+        return any(place not in tried for place in places)
+
     def look_again(self) -> bool:
         """List the packs and load the index anew; False where nothing came or went. Raises `StorageError`."""
         return self._load()

@@ -16,7 +16,7 @@ from msgspec import Struct, field
 from imager import _native
 from imager.errors import IntegrityError
 from imager.events import Reporter
-from imager.repository import imageset, index, sessions
+from imager.repository import imageset, index, public, sessions
 from imager.repository.format import KIND_DATA, KIND_MAP, MAPS, PACKS, is_pack_name
 from imager.repository.locator import records_of_all
 from imager.repository.manifest import Public, Root, is_abort_mark, is_sealed, parse_public
@@ -25,6 +25,8 @@ from imager.repository.sessions import Condemnation
 from imager.storage.errors import NotFound
 
 _KEPT_PACKS = 64
+Lines = dict[int, tuple[bytes, int, bytes]]
+"Of a pack's records, by offset: id, length, digest of the payload."
 
 
 class View(Struct):
@@ -68,10 +70,10 @@ def look(repository: Repository) -> View:
             marks.add(set_id)
             continue
         try:
-            public = parse_public(raw, set_id, name)
+            found = parse_public(raw, set_id, name)
             if not is_sealed(repository, raw):
                 raise IntegrityError("its manifest's seal is not by this repository")
-            sets[set_id] = public
+            sets[set_id] = found
         except IntegrityError as error:
             damaged[set_id] = error.message
     return View(condemned, packs, maps, opened, sets, frozenset(marks), damaged)
@@ -131,7 +133,33 @@ class Marker:
             for root in sets[set_id].roots:
                 if root is not None:
                     self._walk(set_id, root, set_id in newest, found)
+        self._settle(found.marks)
         return found
+
+    def _settle(self, marks: _native.Marks) -> None:
+        """Mark records that have moved and that several places are known for.
+
+        Whoever can write to the index can name a record of his own under any id, and only a key tells
+        which of them says the truth: so one of each content lives.
+        """
+        lines: OrderedDict[int, Lines] = OrderedDict()
+        for identity, places, newest in sorted(marks.take_doubtful(), key=lambda one: one[1]):
+            told: set[bytes] = set()
+            for pack, offset, _ in places:
+                if pack not in lines:
+                    lines[pack] = self._lines(pack)
+                    if len(lines) > _KEPT_PACKS:
+                        lines.popitem(last=False)
+                there = lines[pack].get(offset)
+                if there is not None and there[0] == identity and there[2] not in told:
+                    told.add(there[2])
+                    marks.add(pack, offset, there[1], newest)
+            if not told:
+                marks.add(*places[0], newest)
+
+    def _lines(self, number: int) -> Lines:
+        name = self.names.name(number)
+        return dict(public.lines_of(self.repository, name)) if name is not None else {}
 
     def _walk(self, set_id: str, root: Root, newest: bool, found: Marked) -> None:
         number = self.names.intern(bytes.fromhex(root.pack))
@@ -149,16 +177,19 @@ class Marker:
         self, identity: bytes, pack: int, offset: int, level: int, newest: bool, marks: _native.Marks
     ) -> list[tuple[bytes, int, int, int]]:
         reason = "it is nowhere to be found"
+        below: list[tuple[bytes, int, int, int]] = []
+        told: set[bytes] = set()
         tried: set[tuple[int, int]] = set()
-        for place in self._places(identity, pack, offset):
-            if place in tried:
+        for place, last in self._places(identity, pack, offset):
+            if place in tried or (last and told):
                 continue
             tried.add(place)
             opened = self._map_pack(place[0])
-            if opened is None:
+            # Of those that moved and have several places one of each content lives: see `_settle`.
+            if opened is None or (digest := opened[1].digest(place[1])) is None or digest in told:
                 continue
             try:
-                below = opened[1].mark(
+                found = opened[1].mark(
                     opened[0],
                     identity,
                     *place,
@@ -169,21 +200,27 @@ class Marker:
                     marks=marks,
                     newest=newest,
                 )
-                return below or []
             except _native.DamagedError as error:
                 reason = str(error)
+                continue
             except OSError as error:
                 reason = f"it cannot be read: {error.strerror}"
+                continue
+            below += found or []
+            told.add(digest)
+            if place == (pack, offset):
+                return below
+        if told:
+            return below
         raise IntegrityError(f"page {identity.hex()} of a block map is damaged or missing: {reason}")
 
-    def _places(self, identity: bytes, pack: int, offset: int) -> Iterator[tuple[int, int]]:
-        """Where a page may be, the best place first."""
+    def _places(self, identity: bytes, pack: int, offset: int) -> Iterator[tuple[tuple[int, int], bool]]:
+        """Where a page may be, the best place first; and whether that counts only if there is no other."""
         if self.names.is_present(pack):
-            yield pack, offset
+            yield (pack, offset), False
         for known in (self.known, None, self._stranded):
-            place = (known or self._trailers()).find(identity)
-            if place is not None:
-                yield place[0], place[1]
+            for place in (known or self._trailers()).places(identity):
+                yield place[:2], known is self._stranded
 
     def _trailers(self) -> _native.Known:
         """The pages of all map packs that can be relied upon."""
@@ -241,7 +278,7 @@ class Marker:
 def newest_of(sets: Mapping[str, Public]) -> frozenset[str]:
     """The newest set of each lineage."""
     newest: dict[str, tuple[int, int, str]] = {}
-    for set_id, public in sets.items():
-        order = (public.sequence, public.created, set_id)
-        newest[public.lineage] = max(order, newest.get(public.lineage, order))
+    for set_id, one in sets.items():
+        order = (one.sequence, one.created, set_id)
+        newest[one.lineage] = max(order, newest.get(one.lineage, order))
     return frozenset(order[2] for order in newest.values())

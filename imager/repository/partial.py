@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from imager import _native
 from imager.errors import IntegrityError, StorageError
-from imager.repository.format import FOOTER, MAX_PACK, PACK_HEADER, TRAILER_ENTRY
+from imager.repository.format import FOOTER, MAX_PACK, MAX_RECORDS, PACK_HEADER, TRAILER_ENTRY
 from imager.storage.base import Storage
 
 _GUESS = 4096
@@ -68,7 +68,7 @@ def _frame(storage: Storage, name: str) -> tuple[int, int]:
     footer = storage.read(name, max(0, size - FOOTER), FOOTER)
     count = int.from_bytes(footer[8:12], "little")
     # Whatever these numbers say: who reads the frame checks it, and misses what was not fetched.
-    start = max(0, size - FOOTER - min(count, size // TRAILER_ENTRY) * TRAILER_ENTRY)
+    start = max(0, size - FOOTER - min(count, MAX_RECORDS, size // TRAILER_ENTRY) * TRAILER_ENTRY)
     fd = os.memfd_create("pack", os.MFD_CLOEXEC)
     try:
         os.ftruncate(fd, size)

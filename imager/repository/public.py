@@ -18,10 +18,19 @@ from msgspec import Struct, field
 
 from imager import _native
 from imager.errors import IntegrityError
-from imager.repository.format import FOOTER, KIND_MAP, MAX_PACK, RECORD_HEAD, TRAILER_ENTRY
+from imager.repository import partial
+from imager.repository.format import (
+    FOOTER,
+    KIND_DATA,
+    KIND_MAP,
+    MAX_PACK,
+    RECORD_HEAD,
+    TRAILER_ENTRY,
+    pack_object,
+)
 from imager.repository.manifest import Root
 from imager.repository.repository import Repository
-from imager.storage.errors import Gone, StorageError
+from imager.storage.errors import Gone, NotFound, StorageError
 
 _HEAD = struct.Struct("<4sBBHII32s12sI")
 _PAGE_HEAD = struct.Struct("<BBHHH")
@@ -90,16 +99,30 @@ class PublicReader:
 
     def page(self, place: Place, level: int) -> tuple[Place, PublicPage]:
         """A page of this level, and where it was found. Raises `IntegrityError`, `Gone`, `StorageError`."""
+        return self.pages(place, level)[0]
+
+    def pages(self, place: Place, level: int) -> list[tuple[Place, PublicPage]]:
+        """What may be this page, and where. One, unless it has moved and several records claim to be it.
+
+        Only a key could tell which of those says the truth. Raises what `page` does.
+        """
         try:
-            return place, self._at(place, level)
+            return [(place, self._at(place, level))]
         except IntegrityError:
             tried = {(self.repository.names.intern(place.pack), place.offset)}
+            found: dict[bytes, tuple[Place, PublicPage]] = {}
             while (other := self._find(place.id, tried)) is not None:
                 try:
-                    return other, self._at(other, level)
+                    page = self._at(other, level)
                 except IntegrityError:
                     continue
-            raise
+                number = self.repository.names.intern(other.pack)
+                found.setdefault(self._digests(other.pack, number)[other.offset], (other, page))
+                if not self.repository.locator.is_doubtful(place.id, tried):
+                    break
+            if not found:
+                raise
+            return list(found.values())
 
     def _at(self, place: Place, level: int) -> PublicPage:
         number = self.repository.names.intern(place.pack)
@@ -117,7 +140,8 @@ class PublicReader:
         if known is None:
             fd, _ = self.repository.pack_reader(number, KIND_MAP)
             try:
-                known = dict(_payload_digests(fd, pack, self.repository.id))
+                lines = _lines(fd, pack, self.repository.id)
+                known = {offset: digest for offset, (_, _, digest) in lines}
             except _native.DamagedError as error:
                 raise IntegrityError(f"its pack is damaged: {error}") from error
             except OSError as error:
@@ -137,15 +161,37 @@ class PublicReader:
         return Place(name, place[1], place[2], identity) if name is not None else None
 
 
-def _payload_digests(fd: int, name: bytes, repository: bytes) -> Iterator[tuple[int, bytes]]:
-    """(offset, digest of the payload) of each record. Raises `DamagedError`, OSError."""
+Line = tuple[int, tuple[bytes, int, bytes]]
+"Of a record: its offset, and its id, its length and the digest of its payload."
+
+
+def _lines(fd: int, name: bytes, repository: bytes) -> Iterator[Line]:
+    """The lines of a pack's trailer. Raises `DamagedError`, OSError."""
     records = _native.pack_records(
         fd, name, repository
     )  # This checks header, trailer and footer by the name.
     size = len(records) * TRAILER_ENTRY
     trailer = os.pread(fd, size, os.fstat(fd).st_size - FOOTER - size)
-    for at, (_, _, offset, _) in enumerate(records):
-        yield offset, trailer[at * TRAILER_ENTRY + RECORD_HEAD : (at + 1) * TRAILER_ENTRY]
+    for at, (_, identity, offset, length) in enumerate(records):
+        digest = trailer[at * TRAILER_ENTRY + RECORD_HEAD : (at + 1) * TRAILER_ENTRY]
+        yield offset, (identity, length, digest)
+
+
+def lines_of(repository: Repository, name: bytes) -> list[Line]:
+    """The lines of a data pack's trailer; none where it is gone or its frame is damaged.
+
+    Raises `StorageError`.
+    """
+    try:
+        fd = partial.frame(repository.storage, pack_object(KIND_DATA, name))
+    except NotFound:
+        return []
+    try:
+        return list(_lines(fd, name, repository.id))
+    except (_native.DamagedError, OSError):
+        return []
+    finally:
+        os.close(fd)
 
 
 class Reach(Struct):
@@ -160,6 +206,15 @@ class Reach(Struct):
     pages: int = 0
     lost: list[tuple[Place, str]] = field(default_factory=list)
     astray: list[Place] = field(default_factory=list)
+
+
+def key(place: Place, level: int) -> bytes:
+    """What tells a reference to a page from others, in 32 bytes.
+
+    Not the id alone: without a key nobody can tell whether a record is what its id says, so a page that
+    somebody has put elsewhere under an id must not stand for the one that a map means.
+    """
+    return _native.blake3(place.pack + place.offset.to_bytes(4, "little") + bytes((level,)) + place.id)
 
 
 OnLeaf = Callable[[PublicPage], None]
@@ -178,7 +233,7 @@ def walk(
     *,
     listed: Container[bytes] | None = None,
 ) -> Reach:
-    """Visit every page below some roots, but none whose id is in `seen`, and remember them there.
+    """Visit every page below some roots, but none of which `seen` has the `key`, and remember them there.
 
     `on_leaf` is called with each page of level 0; `listed`: names of the map packs that count for `astray`.
     Raises `StorageError` where the storage is gone.
@@ -187,26 +242,27 @@ def walk(
     stack = [(root_place(root), root.level) for root in roots if root is not None]
     while stack:
         place, level = stack.pop()
-        if place.id in seen:
+        if (reference := key(place, level)) in seen:
             continue
-        seen.add(place.id)
+        seen.add(reference)
         try:
-            at, page = reader.page(place, level)
+            pages = reader.pages(place, level)
         except Gone:
             raise
         except (IntegrityError, StorageError) as error:
             found.lost.append((place, error.message))
             continue
-        found.pages += 1
-        found.maps.add(at.pack)
-        if listed is not None and at.pack not in listed:
-            found.astray.append(at)
-        if level:
-            stack += [(target, level - 1) for target in reversed(page.targets) if target.id not in seen]
-        else:
-            found.data.update(page.packs)
-            if on_leaf is not None:
-                on_leaf(page)
+        for at, page in pages:
+            found.pages += 1
+            found.maps.add(at.pack)
+            if listed is not None and at.pack not in listed:
+                found.astray.append(at)
+            if level:
+                stack += [(target, level - 1) for target in reversed(page.targets)]
+            else:
+                found.data.update(page.packs)
+                if on_leaf is not None:
+                    on_leaf(page)
     return found
 
 
@@ -219,9 +275,9 @@ def upper_pages(reader: PublicReader, roots: Iterable[Root | None]) -> Iterator[
     stack = [(root_place(root), root.level) for root in roots if root is not None]
     while stack:
         place, level = stack.pop()
-        if place.id in seen or not level:
+        if not level or (reference := key(place, level)) in seen:
             continue
-        seen.add(place.id)
+        seen.add(reference)
         try:
             _, page = reader.page(place, level)
         except Gone:
@@ -232,15 +288,15 @@ def upper_pages(reader: PublicReader, roots: Iterable[Root | None]) -> Iterator[
         stack += [(target, level - 1) for target in page.targets]
 
 
-def upper_ids(reader: PublicReader, roots: Iterable[Root | None]) -> set[bytes]:
-    """Ids of all pages below some roots, without reading those of level 0.
+def upper_keys(reader: PublicReader, roots: Iterable[Root | None]) -> set[bytes]:
+    """The `key`s of all pages below some roots, without reading those of level 0.
 
     What lies below a page that cannot be read is left out. Raises `StorageError` where the storage is gone.
     """
     there = [root for root in roots if root is not None]
-    ids = {root_place(root).id for root in there if not root.level}
+    keys = {key(root_place(root), 0) for root in there if not root.level}
     for place, page in upper_pages(reader, there):
-        ids.add(place.id)
+        keys.add(key(place, page.level))
         if page.level == 1:
-            ids.update(target.id for target in page.targets)
-    return ids
+            keys.update(key(target, 0) for target in page.targets)
+    return keys

@@ -10,7 +10,15 @@ from collections import OrderedDict
 from collections.abc import Iterable
 
 from imager.repository.findings import Hurt, Problem, Survey
-from imager.repository.format import FOOTER, KIND_DATA, KIND_MAP, RECORD_HEAD, TRAILER_ENTRY, pack_object
+from imager.repository.format import (
+    FOOTER,
+    KIND_DATA,
+    KIND_MAP,
+    MAX_RECORDS,
+    RECORD_HEAD,
+    TRAILER_ENTRY,
+    pack_object,
+)
 from imager.repository.manifest import Manifest
 from imager.repository.public import Place, PublicPage, PublicReader, walk
 from imager.storage.errors import NotFound, StorageError
@@ -114,7 +122,7 @@ class _Trailers:
         try:
             footer = storage.read(path, size - FOOTER, FOOTER)
             count, at = int.from_bytes(footer[8:12], "little"), int.from_bytes(footer[16:24], "little")
-            if at + count * TRAILER_ENTRY + FOOTER != size:
+            if count > MAX_RECORDS or at + count * TRAILER_ENTRY + FOOTER != size:
                 return None
             trailer = storage.read(path, at, count * TRAILER_ENTRY)
         except (NotFound, StorageError):

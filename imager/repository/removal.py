@@ -23,8 +23,8 @@ import os
 from msgspec import Struct
 
 from imager.errors import ImagerError, IntegrityError, UsageError
-from imager.repository import imageset, writers
-from imager.repository.format import REVOKED, SLOTS, Slot, is_id
+from imager.repository import imageset, tombstones, writers
+from imager.repository.format import REVOKED, SLOTS, Slot
 from imager.repository.keys import FULL, WRITE, Secrets
 from imager.repository.keyslots import MARK, SHORTEST, epochs_of, find, need_full, read_slots, reads_of
 from imager.repository.repository import Opening, Repository
@@ -51,7 +51,7 @@ def remove(repository: Repository, text: str) -> Removed:
     """Remove the slot that `text` names. A slot of the role write: its writer is revoked first.
 
     Where no slot is left of a writer, its label or id names it too. Raises `UsageError` (no such slot; the
-    last full one), `WrongKey`, `StorageError`.
+    last full one), `WrongKey`, `IntegrityError` (it cannot be told whose slot it is), `StorageError`.
     """
     secrets = need_full(repository)
     slots, _, _ = read_slots(repository)
@@ -63,14 +63,34 @@ def remove(repository: Repository, text: str) -> Removed:
             raise
         kept = _revoke(repository, secrets, writer[0])
         return Removed(None, None, WRITE, writer[1], writer[0], kept, len(slots))
-    revoked, kept, label = None, 0, slot.label
-    if slot.writer is not None and writers.is_certified(repository.id, repository.verify_key, slot.writer):
-        # The certificate's label, not the slot's: that one anybody could have changed.
-        revoked, label = slot.writer.writer, slot.writer.label
+    revoked, kept = None, 0
+    if slot.role == WRITE:
+        revoked = _writer_of(repository, slot)
         kept = _revoke(repository, secrets, revoked)
     delete_slot(repository, slot)
     remaining = len(read_slots(repository)[0])
-    return Removed(slot.slot, slot.kind, slot.role, label, revoked, kept, remaining)
+    return Removed(slot.slot, slot.kind, slot.role, slot.label, revoked, kept, remaining)
+
+
+def _writer_of(repository: Repository, slot: Slot) -> str:
+    """The writer that a slot of role write is of. Raises `IntegrityError`, `UsageError`.
+
+    The certificate in it is in the open: who can write to the storage can put that of another writer there,
+    who would then be revoked instead.
+    """
+    writer = slot.writer
+    genuine = writer is not None and writers.is_certified(repository.id, repository.verify_key, writer)
+    if writer is not None and genuine and writer.label == slot.label:
+        return writer.writer
+    named = _writer_named(repository, slot.label)
+    if named is None:
+        raise IntegrityError(
+            f"key slot {slot.slot} is damaged: its certificate is that of another writer, or none; nothing "
+            "was removed, for it cannot be told whom to revoke",
+            hint=f"take {SLOTS}{slot.slot} from a copy of the repository; or delete it, and once its writer "
+            "has signed an image set, revoke it by its label: imager key remove LABEL",
+        )
+    return named[0]
 
 
 def _writer_named(repository: Repository, text: str) -> tuple[str, str] | None:
@@ -92,15 +112,15 @@ def _writer_named(repository: Repository, text: str) -> tuple[str, str] | None:
 
 def _revoke(repository: Repository, secrets: Secrets, writer: str) -> int:
     """Let of a writer's sets only those count that are there now: how many. Durable when this returns."""
-    if writer in repository.revoked():
-        return len(repository.revoked()[writer])
-    if not is_id(writer):
-        raise IntegrityError("the key slot has a certificate of no writer")
     sets = imageset.list_sets(repository).sets
     mine = [
         one.digest for one in sets if one.public.writer is not None and one.public.writer.writer == writer
     ]
-    raw = writers.new_revocation(repository.id, secrets.signing_seed, writer, mine)
+    if writer in repository.revoked():
+        return len(mine)
+    # A copy may still have what was forgotten here: it counts there as before.
+    forgotten = tombstones.all_digests(repository)
+    raw = writers.new_revocation(repository.id, secrets.signing_seed, writer, [*mine, *forgotten])
     try:
         repository.storage.create(REVOKED + writer, raw)
     except AlreadyExists as error:

@@ -43,7 +43,7 @@ from imager.repository.format import (
     numbered,
     parse_config,
 )
-from imager.repository.keymemory import KeyMemory
+from imager.repository.keymemory import KeyMemory, PlaceMemory
 from imager.repository.keys import Secrets
 from imager.repository.packs import PackAccess, Reader
 from imager.repository.unlocking import Unlocking, in_order
@@ -119,7 +119,15 @@ class Opening:
 
     def unlock(self) -> Repository:
         """Wait for the keys. Raises `WrongKey`, `IntegrityError`."""
+        place = PlaceMemory(self.storage.url)
         if self._unlocking is None:
+            if before := place.encrypted:
+                raise IntegrityError(
+                    f"the repository in {self.storage.url} was encrypted when this machine used it last, and "
+                    "this one is not: its config was replaced, and nothing was stored in the open",
+                    hint=f"put config of {before[:8]} back from a copy; if you made another repository there "
+                    f"on purpose, delete {place.path}",
+                )
             return Repository(self.storage, self.config, Secrets(bytes.fromhex(self.config.id_key), b"", {}))
         secrets = self._unlocking.result()
         verify_key = bytes.fromhex(self.config.verify_key)
@@ -136,6 +144,7 @@ class Opening:
         ):
             raise IntegrityError(f"key slot {slot.slot} has the certificate of another writer")
         KeyMemory(self.id).opened(slot.slot)
+        place.saw(self.config.repository)
         return Repository(self.storage, self.config, secrets, slot)
 
 
@@ -237,6 +246,8 @@ class Repository(PackAccess):
                 storage.create(CONFIG, raw)
             except AlreadyExists as error:
                 raise UsageError(f"there is a repository in {storage.url} already") from error
+        place = PlaceMemory(storage.url)
+        place.saw(config.repository) if sealed else place.forget()
         return Repository(storage, config, secrets)
 
     @property
@@ -351,12 +362,12 @@ class Repository(PackAccess):
                 try:
                     found = keys.open_envelope(envelope, self.secrets, self.id)
                 except IntegrityError:
-                    self._refuse_stray_epoch(int.from_bytes(envelope[4:8], "little"))
+                    self.refuse_stray_epoch(int.from_bytes(envelope[4:8], "little"))
                     raise
                 self._session_keys[envelope] = found
             return found
 
-    def _refuse_stray_epoch(self, number: int) -> None:
+    def refuse_stray_epoch(self, number: int) -> None:
         """Raises `WrongKey` where the key holds another private key of the epoch than the repository's."""
         private = self.secrets.epochs.get(number)
         try:

@@ -12,7 +12,17 @@ from collections.abc import Iterator
 from imager import _native
 from imager.errors import IntegrityError
 from imager.events import Reporter
-from imager.repository import absent, imageset, index, keys, references, sessions, tombstones, writers
+from imager.repository import (
+    absent,
+    imageset,
+    index,
+    keys,
+    references,
+    sessions,
+    suspicion,
+    tombstones,
+    writers,
+)
 from imager.repository.findings import Problem, Survey
 from imager.repository.format import (
     DAMAGED,
@@ -24,6 +34,7 @@ from imager.repository.format import (
     KIND_DATA,
     KIND_MAP,
     MAPS,
+    MAX_PACK,
     MAX_SMALL_JSON,
     PACKS,
     PINS,
@@ -41,7 +52,6 @@ from imager.repository.keyless import is_keyless
 from imager.repository.missing import MISSING
 from imager.repository.pages import BadPage, Seen, pages
 from imager.repository.repository import Opening, Repository
-from imager.repository.witness import Witness
 from imager.storage.errors import Gone, NotFound, StorageError
 
 _FOOTER = struct.Struct("<8sIIQQ")
@@ -122,10 +132,7 @@ def _sets(found: Survey) -> None:
         found.notes.append(
             f"image set {set_id} says that it was taken in the future: a wrong clock, or a forgery"
         )
-    witness = Witness(found.repository.place)
-    damaged_ids = [damaged.id for damaged in listing.problems]
-    there = tombstones.exists(found.repository)
-    for text in witness.observe(listing.sets, damaged=damaged_ids, forgotten=forgotten, there=there):
+    for text in suspicion.of_history(found.repository, listing.sets, listing.problems):
         found.problems.append(Problem("history", "the repository", text))
     _upkeep(found)
 
@@ -243,6 +250,8 @@ def _frame_problems(
 
 def _frame_problem(repository: Repository, path: str, kind: int, size: int) -> str | None:
     """What is wrong with a pack's header, footer or size."""
+    if size > MAX_PACK:
+        return "it is larger than a pack can be"
     try:
         header, footer = ends(repository.storage, path, size)
         _native.pack_envelopes(header, repository.id)

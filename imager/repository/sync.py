@@ -19,8 +19,19 @@ from imager.errors import IntegrityError, Locked
 from imager.events import Reporter
 from imager.repository import absent, index, sync_objects, sync_plan
 from imager.repository.announce import Announcement
-from imager.repository.format import CONFIG, EPOCHS, MAPS, REVOKED, SESSIONS, SETS, SLOTS
-from imager.repository.manifest import MAX_MANIFEST, is_abort_mark, is_sealed
+from imager.repository.format import (
+    CONFIG,
+    EPOCHS,
+    MAPS,
+    MAX_JSON,
+    MAX_SMALL_JSON,
+    REVOKED,
+    SESSIONS,
+    SETS,
+    SLOTS,
+    parse_config,
+)
+from imager.repository.manifest import MAX_MANIFEST, is_abort_mark, is_sealed, parse_public
 from imager.repository.repository import Repository
 from imager.repository.sync_plan import Refused, SyncPlan, Wishes, plan
 from imager.repository.transfer import IN_FLIGHT, Copied, copy_packs, copy_small, rename_packs
@@ -29,6 +40,8 @@ from imager.storage.errors import NotFound, StorageError
 
 __all__ = ["Refused", "SyncPlan", "SyncSummary", "Wishes", "execute", "plan", "sync"]
 
+_FIRST = (SLOTS, EPOCHS, REVOKED)
+"What there is before the config of a new copy."
 _ROUNDS = 5
 "So often a plan is made anew because packs of the source vanished."
 
@@ -161,19 +174,17 @@ def _create(source: Repository, target: Storage, done: _Done) -> None:
     from imager.repository.repository import refuse_used
 
     refuse_used(target)
-    raw = source.storage.read(CONFIG)
+    raw = source.storage.read(CONFIG, 0, MAX_SMALL_JSON + 1)
+    if parse_config(raw)[0] != source.config:
+        raise IntegrityError("config of the source is another than it was a moment ago")
     with target.initializing():
         refuse_used(target)
-        for prefix in (SLOTS, EPOCHS, REVOKED):
+        for prefix in _FIRST:
+            for name in target.list_names(prefix):
+                target.delete(name)  # An init or a sync was interrupted: no config, so nobody needs these.
             for name in source.storage.list_names(prefix):
                 _object(source, target, name, done)
         target.create(CONFIG, raw)
-
-
-def _copy_key(source: Repository, target: Storage, name: str) -> bool:
-    raw = source.storage.read(name)
-    sync_objects.verify_small(source, name, raw)
-    return copy_small(source.storage, target, name, raw)
 
 
 def _copy(
@@ -187,7 +198,8 @@ def _copy(
 ) -> bool:
     """Copy what the sets need, and index it. Whether something of the source vanished meanwhile."""
     for name in todo.objects:
-        if not name.startswith(SESSIONS):
+        made = todo.creates and name.startswith(_FIRST)
+        if not made and not name.startswith(SESSIONS):
             _object(source, target, name, done)
     known = _native.Known(source.names)
     gone = False
@@ -222,15 +234,11 @@ def _copy(
 
 
 def _object(source: Repository, target: Storage, name: str, done: _Done) -> None:
-    """Copy a slot, an epoch, a tombstone or an abort mark."""
+    """Copy a slot, an epoch, a revocation, a tombstone, an announcement or an abort mark."""
     try:
-        if name.startswith(SETS):
-            raw = source.storage.read(name, 0, MAX_MANIFEST + 1)
-            if not is_abort_mark(raw):
-                return
-            copy_small(source.storage, target, name, raw)
-        else:
-            _copy_key(source, target, name)
+        raw = source.storage.read(name, 0, MAX_JSON + 1)
+        sync_objects.verify_small(source, name, raw)
+        copy_small(target, name, raw)
     except NotFound:
         return
     except IntegrityError as error:
@@ -259,7 +267,7 @@ def _index_again(source: Repository, target: Storage, known: _native.Known, name
 def _segment(source: Repository, target: Storage, known: _native.Known, done: _Done) -> None:
     data = known.segment(source.id)
     if data is not None:
-        copy_small(source.storage, target, index.segment_name(data), data)
+        copy_small(target, index.segment_name(data), data)
         known.forget()
         done.objects += 1
 
@@ -281,16 +289,17 @@ def _commit(source: Repository, target: Storage, todo: SyncPlan, done: _Done) ->
         if is_abort_mark(raw) or not is_sealed(source, raw):
             done.refuse([Refused(SETS + set_id, "its manifest is another than it was a moment ago")])
             continue
-        copy_small(source.storage, target, SETS + set_id, raw)
+        parse_public(raw, set_id, source.config.repository)
+        copy_small(target, SETS + set_id, raw)
         # After the set: an announcement without one would look like a writer at work.
-        done.objects += copy_small(source.storage, target, SESSIONS + set_id)
+        _object(source, target, SESSIONS + set_id, done)
         if set_id not in done.sets:
             done.sets.append(set_id)
             done.objects += 1
     for name in todo.objects:
         # Of sets that were there: a sync died before it came to their announcement.
         if name.startswith(SESSIONS) and name.removeprefix(SESSIONS) not in todo.sets:
-            done.objects += copy_small(source.storage, target, name)
+            _object(source, target, name, done)
 
 
 def _hurt(source: Repository, todo: SyncPlan, done: _Done) -> dict[str, str]:

@@ -27,7 +27,7 @@ from imager.repository.format import (
 )
 from imager.repository.keyless import open_keyless
 from imager.repository.manifest import Public
-from imager.repository.public import PublicPage, PublicReader, upper_ids, walk
+from imager.repository.public import PublicPage, PublicReader, upper_keys, walk
 from imager.repository.repository import Repository
 from imager.storage.base import Storage
 from imager.storage.errors import Gone, NotFound
@@ -365,7 +365,7 @@ def _needs(planning: Planning, new: list[str], refused: list[Refused]) -> Needs:
 
 
 def _held(planning: Planning, new: Iterable[str]) -> set[bytes]:
-    """Ids of pages of sets that both ends have, of the same lineages: the target has all below them."""
+    """Keys of pages of sets that both ends have, of the same lineages: the target has all below them."""
     lineages = {planning.publics[set_id].lineage for set_id in new}
     newest: dict[str, Public] = {}
     for set_id, public in planning.publics.items():
@@ -375,7 +375,7 @@ def _held(planning: Planning, new: Iterable[str]) -> set[bytes]:
                 newest[public.lineage] = public
     held: set[bytes] = set()
     for public in newest.values():
-        held |= upper_ids(planning.reader, public.roots)
+        held |= upper_keys(planning.reader, public.roots)
         planning.relies.add(SETS + public.set)
     return held
 

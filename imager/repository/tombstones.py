@@ -12,7 +12,7 @@ from collections.abc import Callable
 import msgspec
 
 from imager.errors import IntegrityError, WrongKey
-from imager.repository import keys, sessions
+from imager.repository import keys, partial, sessions
 from imager.repository.format import (
     FORGOTTEN,
     MAX_SMALL_JSON,
@@ -32,8 +32,8 @@ from imager.repository.repository import Repository
 from imager.storage.errors import AlreadyExists, NotFound
 
 __all__ = [
-    "check_may_forget", "digests", "exists", "forget", "forgotten_ids", "pin", "pinned", "read_pin",
-    "read_tombstone", "unpin",
+    "all_digests", "check_may_forget", "digests", "exists", "forget", "forgotten_ids", "parse_tombstone",
+    "pin", "pinned", "read_pin", "read_tombstone", "unpin",
 ]  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def check_may_forget(repository: Repository) -> None:
 def forget(repository: Repository, manifest: Manifest, *, host: str, reason: str) -> None:
     """Forget a set for good: its tombstone first, its manifest last, so that this can be done again.
 
-    Raises `WrongKey`, `StorageError`.
+    Raises `WrongKey`, `StorageError`; `IntegrityError` where another tombstone is in its place.
     """
     check_may_forget(repository)
     storage = repository.storage
@@ -71,7 +71,11 @@ def forget(repository: Repository, manifest: Manifest, *, host: str, reason: str
     try:
         storage.create(FORGOTTEN + manifest.id, canonical(value))
     except AlreadyExists:
-        pass  # This was begun before.
+        found = read_tombstone(repository, manifest.id)  # This was begun before, or somebody forged it.
+        if found is not None and found.digest != bare.digest:
+            raise IntegrityError(
+                f"the tombstone of image set {manifest.id} is that of another manifest"
+            ) from None
     # Without its manifest an announcement would look like a backup that still runs.
     sessions.end(storage, manifest.id)
     try:
@@ -91,11 +95,17 @@ def read_tombstone(repository: Repository, set_id: str) -> Tombstone | None:
 
     Raises `IntegrityError` for a forged one, `StorageError`.
     """
-    what = f"the tombstone of image set {set_id}"
     try:
-        value = parse(repository.storage.read(FORGOTTEN + set_id, 0, MAX_SMALL_JSON + 1), what)
+        raw = repository.storage.read(FORGOTTEN + set_id, 0, MAX_SMALL_JSON + 1)
     except NotFound:
         return None
+    return parse_tombstone(repository, set_id, raw)
+
+
+def parse_tombstone(repository: Repository, set_id: str, raw: bytes) -> Tombstone:
+    """The tombstone of a set out of its bytes. Raises `IntegrityError` for a forged one."""
+    what = f"the tombstone of image set {set_id}"
+    value = parse(raw, what)
     found = shape(value, Tombstone, what)
     if found.set != set_id or found.repository != repository.config.repository:
         raise IntegrityError(f"{what} is damaged: it belongs to another set or repository")
@@ -124,6 +134,12 @@ def digests(repository: Repository) -> Callable[[str], str | None]:
         return found.digest if found is not None else None
 
     return digest_of
+
+
+def all_digests(repository: Repository) -> list[bytes]:
+    """Digests of the manifests of all sets that were forgotten here. Raises `StorageError`."""
+    found = partial.at_once(repository.storage, digests(repository), sorted(forgotten_ids(repository)))
+    return [bytes.fromhex(digest) for digest in found if digest is not None]
 
 
 def exists(repository: Repository) -> Callable[[str], bool]:

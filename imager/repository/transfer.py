@@ -180,17 +180,9 @@ def _pour(fd: int, out: int, name: str, place: str) -> int:
             raise refusal(error, f"writing {name}", place) from error
 
 
-def copy_small(source: Storage, target: Storage, name: str, raw: bytes | None = None) -> bool:
-    """Copy a small object, or create it from `raw`; whether it is there now. Raises `StorageError`.
-
-    False: the source has it no more.
-    """
+def copy_small(target: Storage, name: str, raw: bytes) -> None:
+    """Create a small object; one that is there already stays. Raises `StorageError`."""
     try:
-        data = source.read(name) if raw is None else raw
-    except NotFound:
-        return False
-    try:
-        target.create(name, data)
+        target.create(name, raw)
     except AlreadyExists:
         pass
-    return True

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import msgspec
 
@@ -45,6 +45,9 @@ class SetLike(Protocol):
     def digest(self) -> bytes: ...
 
 
+Set = TypeVar("Set", bound=SetLike)
+
+
 class Witness:
     """The memory of one repository at one place, in the state folder of this machine.
 
@@ -57,17 +60,20 @@ class Witness:
 
     def observe(
         self,
-        sets: Iterable[SetLike],
+        sets: Iterable[Set],
         *,
         damaged: Iterable[str] = (),
         forgotten: Callable[[str], str | None] = lambda _: None,
         there: Callable[[str], bool] = lambda _: False,
+        genuine: Callable[[Set], bool] = lambda _: True,
     ) -> list[str]:
         """Compare all sets of the repository with the memory, tell what is wrong, remember what is newer.
 
         `damaged`: ids of sets that are there but unreadable (another problem, not told here).
         `forgotten`: gives the digest of a set that was forgotten on purpose, `there`: whether a set
-        has come since `sets` were listed; both are asked only where one is gone.
+        has come since `sets` were listed; both are asked only where one is gone. `genuine`: whether a set
+        is what it says; asked only of one that would be remembered, for what anybody could have put
+        there must not take the place of what was seen.
         """
         problems: list[str] = []
         lineages = self._load(problems)
@@ -94,10 +100,11 @@ class Witness:
         changed = False
         for lineage in released.intersection(item.lineage for item in present.values()):
             del lineages[lineage]  # What is left of it now is what there ought to be.
-        for item in present.values():
+        for item in sorted(present.values(), key=lambda item: item.sequence, reverse=True):
             last = lineages.get(item.lineage)
             # Where something is wrong the memory stays as it is, or one more backup would hide the rollback.
-            if last is None or (item.sequence > last.sequence and item.lineage not in doubtful):
+            newer = last is None or (item.sequence > last.sequence and item.lineage not in doubtful)
+            if newer and genuine(item):
                 lineages[item.lineage] = Seen(item.sequence, item.id, item.digest.hex())
                 changed = True
         if changed:

@@ -19,6 +19,7 @@ from imager.errors import Locked, UsageError
 from imager.storage.base import TOP, Entry, Staged, check_name
 from imager.storage.errors import AlreadyExists, NotFound, StorageError
 from imager.storage.spool import Spool, mapped
+from imager.storage.wire import MAX_OBJECT
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -125,7 +126,10 @@ class ObjectStorage:
 
     def open(self, name: str) -> int:
         """A descriptor of a temporary copy. Raises `NotFound`, `StorageError`."""
-        return self._spool.copy(name, self.size(name))
+        size = self.size(name)
+        if size > MAX_OBJECT:
+            raise StorageError(f"{name} has {size} bytes, which is more than an object here can have")
+        return self._spool.copy(name, size)
 
     def size(self, name: str) -> int:
         """Length in bytes. Raises `NotFound`, `StorageError`."""
@@ -251,6 +255,8 @@ class ObjectStorage:
             found: list[Entry] = []
             for chunk in obstore.list(store, folder, chunk_size=1000):
                 found += [Entry(one["path"], one["size"]) for one in chunk]
+            if folder and any(not entry.name.startswith(folder + "/") for entry in found):
+                raise StorageError(f"listing {folder} failed: {self.url} names objects that are not below it")
             return found
 
         return iter(self._call(f"listing {folder or 'everything'}", collect))

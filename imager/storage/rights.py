@@ -9,6 +9,7 @@ And whoever may not do everything reaches repositories only, no other folder.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 
 from imager.storage import wire
@@ -21,9 +22,13 @@ READ_ONLY = "read-only"
 TRIED = "probe/"
 "No part of any repository: `imager doctor` tries there what a storage can do, and cleans up."
 
-# What a backup writes. A new repository's own parts may be made only while there is none.
-_APPENDED = ("sessions/", "sets/", "packs/", "maps/", "index/")
-_MADE = ("slots/", "epochs/")
+# What a backup writes, and a sync. Just these forms: a file `packs/3f`, or a folder of a set's name, would
+# keep everybody else from storing theirs.
+_APPENDED = re.compile(
+    r"(?:sessions|sets|absent)/[0-9a-f]{32}|(?:packs|maps)/([0-9a-f]{2})/\1[0-9a-f]{62}|index/[0-9a-f]{64}"
+)
+# A new repository's own parts may be made only while there is none.
+_MADE = ("slots/", "epochs/", "revoked/")
 _MARK = b'"format":"imager"'
 _ELSEWHERE = "do it on the machine that holds the repository, or over a key that is not so restricted"
 
@@ -48,12 +53,25 @@ class Rights:
     def _repository(self) -> bool | None:
         """Whether the folder holds a repository; None where it has not even a `config`."""
         if not self._whole:
-            try:
-                with open(f"{self._root}/config", "rb") as file:
-                    self._whole = _MARK in file.read(wire.PIECE)
-            except FileNotFoundError:
-                return None
+            found = _is_repository(self._root)
+            if not found:
+                return found
+            self._whole = True
         return self._whole
+
+    def open(self) -> None:
+        """Begin to work in the folder. A part of a repository is no place for another one.
+
+        For what is permitted in that other one would change the repository around it.
+        """
+        above = os.path.dirname(self._root)
+        while self.mode != FULL and above != os.path.dirname(above):
+            if _is_repository(above):
+                raise wire.Refused(
+                    f"{self._root} is refused: it is a part of the repository in {above}",
+                    hint="name the folder of a repository, or a new one",
+                )
+            above = os.path.dirname(above)
 
     def look(self, name: str) -> None:
         """Look at an object, or at all of a folder ("": at everything)."""
@@ -77,7 +95,7 @@ class Rights:
         if self.mode == FULL:
             return
         if self.mode == APPEND_ONLY:
-            if name.startswith(TRIED) or (name.startswith(_APPENDED) and self._repository()):
+            if name.startswith(TRIED) or (_APPENDED.fullmatch(name) and self._repository()):
                 return
             if self.making and (name == "config" or name.startswith(_MADE)):
                 return
@@ -122,6 +140,17 @@ class Rights:
             raise self._refuse("making a repository")
         if self.mode == APPEND_ONLY and (strangers or self._repository() is not None):
             raise self._refuse("making a repository in a folder that is in use")
+
+
+def _is_repository(folder: str) -> bool | None:
+    """Whether a folder holds a repository; None where it has not even a `config`."""
+    try:
+        with open(f"{folder}/config", "rb") as file:
+            return _MARK in file.read(wire.PIECE)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (IsADirectoryError, PermissionError):
+        return False
 
 
 class Confines:

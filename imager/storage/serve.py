@@ -185,7 +185,9 @@ class Server:
         if self._storage is not None:
             raise wire.ProtocolError("open comes once")
         root = self._confines.root(request.path)
-        self._storage, self._rights = FolderStorage(root), Rights(self._mode, root)
+        rights = Rights(self._mode, root)
+        rights.open()
+        self._storage, self._rights = FolderStorage(root), rights
         return wire.encode(wire.Served(imager=__version__, mode=self._mode))
 
     def _prepare(self, storage: FolderStorage, request: wire.Begin | wire.End) -> None:

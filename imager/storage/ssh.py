@@ -32,6 +32,8 @@ _URL = re.compile(
     r"(?P<host>[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}|\[[0-9A-Fa-f:.]{2,45}(?:%25[A-Za-z0-9_.-]{1,20})?\])"
     r"(?::(?P<port>[0-9]{1,5}))?(?P<path>/.*)"
 )
+_MAX_LISTING = 512 << 20
+"Bytes of a listing: five million objects."
 _REMOTE = re.compile(r"[A-Za-z0-9_./~-]{1,255}")
 _OPTIONS = (
     # No terminal, no forwarding of anything; a network that is silently gone is noticed within a minute.
@@ -272,8 +274,8 @@ class SshStorage:
 
     def list_names(self, prefix: str) -> list[str]:
         """Names below a folder. See `Storage.list_names`."""
-        raw = self._gather(wire.List(_folder(prefix)))
-        return [wire.check_name(name) for name in wire.split_lines(raw)]
+        raw = self._gather(wire.List(_folder(prefix)), room=_MAX_LISTING)
+        return [_within(prefix, name) for name in wire.split_lines(raw)]
 
     def free_space(self) -> int | None:
         """Bytes that can still be stored there. See `Storage.free_space`."""
@@ -348,12 +350,20 @@ class SshStorage:
 
     def list(self, prefix: str) -> Iterator[Entry]:
         """Names and sizes. See `Storage.list`."""
-        raw = self._gather(wire.List(_folder(prefix), sizes=True))
+        raw = self._gather(wire.List(_folder(prefix), sizes=True), room=_MAX_LISTING)
         for line in wire.split_lines(raw):
             size, _, name = line.partition(" ")
             if not size.isdecimal() or len(size) > 19:
                 raise wire.ProtocolError("a listing without sizes")
-            yield Entry(wire.check_name(name), int(size))
+            yield Entry(_within(prefix, name), int(size))
+
+
+def _within(prefix: str, name: str) -> str:
+    """A name of the far end's listing of `prefix`. Raises `ProtocolError`."""
+    folder = prefix.rstrip("/")
+    if folder and not name.startswith(folder + "/"):
+        raise wire.ProtocolError(f"a listing of {folder} that names {wire.printable(name, 100)}")
+    return wire.check_name(name)
 
 
 def _named(name: str) -> str:

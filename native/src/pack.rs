@@ -21,6 +21,8 @@ use crate::workers;
 pub const ENVELOPE: usize = 104;
 /// Most envelopes a pack can have.
 pub const MAX_ENVELOPES: usize = 1024;
+/// Records of a pack at most: what is read of a frame stays within some hundred MiB of memory.
+pub const MAX_RECORDS: usize = 1 << 21;
 const FIXED: usize = 64;
 const TRAILER_ENTRY: usize = HEAD + 32;
 const FOOTER: usize = 32;
@@ -174,6 +176,9 @@ pub fn read_frame(fd: Fd, name: Option<&Id>, repository: &[u8; 16]) -> Result<Fr
     let (count, entry, at) = (r.u32()? as usize, r.u32()? as usize, r.u64()?);
     if r.u64()? != xxh3(&footer[..24]) {
         return damaged("pack footer is damaged");
+    }
+    if count > MAX_RECORDS {
+        return damaged(format!("pack claims {count} records, which is more than one can have"));
     }
     let length = (count as u64).saturating_mul(TRAILER_ENTRY as u64);
     if entry != TRAILER_ENTRY || at.checked_add(length) != Some(size - FOOTER as u64) || at < header.length as u64 {

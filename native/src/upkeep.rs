@@ -53,7 +53,10 @@ impl Live {
 #[derive(Default)]
 pub struct Marks {
     packs: HashMap<u32, Live>,
-    pages: HashSet<(u32, u32)>,
+    /// Pages that were found whole, and of this level: (pack, offset, level).
+    pages: HashSet<(u32, u32, u8)>,
+    /// Records that are not where a map says, and that several places are known for.
+    doubtful: HashMap<Id, (Vec<Place>, bool)>,
     /// Block references whose record could not be found anywhere.
     pub lost: u64,
     /// Bytes of the pages that were read.
@@ -73,9 +76,10 @@ impl Marks {
         Ok(())
     }
 
-    /// A page is going to be read; false where it was read before.
-    fn visit(&mut self, pack: u32, offset: u32) -> bool {
-        self.pages.insert((pack, offset))
+    /// Records of which several places are known, for whoever can tell them apart to `add`: (id, places,
+    /// whether one of the newest sets needs it). They are handed out once.
+    pub fn take_doubtful(&mut self) -> Vec<(Id, Vec<Place>, bool)> {
+        self.doubtful.drain().map(|(id, (places, newest))| (id, places, newest)).collect()
     }
 
     /// How many pages were read.
@@ -119,12 +123,16 @@ pub struct Search<'a> {
 }
 
 impl Search<'_> {
-    /// Where the record lies: the place given if it is safe, else a safe one, else one that is condemned.
-    pub fn resolve(&self, id: &Id, place: Place) -> Option<Place> {
+    /// Where the record lies: the place given if it is safe, else the safe ones, else one that is condemned.
+    pub fn resolve(&self, id: &Id, place: Place) -> Vec<Place> {
         if self.names.is_present(place.pack) {
-            return Some(place);
+            return vec![place];
         }
-        self.known.find(id).or_else(|| self.stranded.find(id))
+        let safe = self.known.places(id);
+        if safe.is_empty() {
+            return self.stranded.find(id).into_iter().collect();
+        }
+        safe
     }
 }
 
@@ -155,6 +163,11 @@ impl MapPack {
         Ok(Self { lines: frame.entries.iter().map(line).collect() })
     }
 
+    /// The digest of the payload of the record that begins at `offset`.
+    pub fn digest(&self, offset: u32) -> Option<Id> {
+        self.lines.binary_search_by_key(&offset, |line| line.offset).ok().map(|at| self.lines[at].digest)
+    }
+
     /// Read a page, which must be of this level; mark it, and the blocks that it refers to. The
     /// pages that it refers to; None where this record was read before.
     pub fn mark(
@@ -165,8 +178,9 @@ impl MapPack {
         let Some(line) = at.ok().map(|at| &self.lines[at]).filter(|line| line.id == id) else {
             return damaged("another record lies in its place");
         };
-        // Only now: a stale reference may name the place of another page, which is no sign of this one.
-        if !marks.visit(place.pack, place.offset) {
+        // A stale reference may name the place of another page, which is no sign of this one.
+        let visit = (place.pack, place.offset, level);
+        if marks.pages.contains(&visit) {
             return Ok(None);
         }
         let mut record = vec![0; line.length as usize];
@@ -181,15 +195,18 @@ impl MapPack {
         if public.0 != level {
             return damaged("it is a page of another level");
         }
+        // Only now: whoever refers to it wrongly must not keep others' references from being followed.
+        marks.pages.insert(visit);
         marks.add(Place { length: line.length, ..place }, newest)?;
         let targets = public.1.into_iter().map(|slot| (slot.id, slot.place));
         if level > 0 {
             return Ok(Some(targets.collect()));
         }
         for (id, place) in targets {
-            match search.resolve(&id, place) {
-                Some(found) => marks.add(found, newest)?,
-                None => marks.lost += 1,
+            match search.resolve(&id, place)[..] {
+                [] => marks.lost += 1,
+                [found] => marks.add(found, newest)?,
+                ref several => marks.doubtful.entry(id).or_insert_with(|| (several.to_vec(), false)).1 |= newest,
             }
         }
         Ok(Some(Vec::new()))
@@ -249,7 +266,7 @@ impl Writer {
     fn append(&mut self, head: &Head, payload: &[u8], digest: &Id) -> Result<u32> {
         let offset = self.size();
         let more = (HEAD + payload.len() + self.trailer.len()) as u64;
-        if offset + more + pack::TAIL_ROOM > u64::from(u32::MAX) {
+        if offset + more + pack::TAIL_ROOM > u64::from(u32::MAX) || self.records as usize >= pack::MAX_RECORDS {
             return invalid("more records than a pack can hold");
         }
         let encoded = head.encode();

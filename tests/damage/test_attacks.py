@@ -24,9 +24,10 @@ import msgspec
 import pytest
 
 from imager import _native
+from imager.cli.main import run
 from imager.errors import ImagerError, IntegrityError, WrongKey
 from imager.events import Silent
-from imager.repository import imageset, index, keyring, keys, manifest, removal, writers
+from imager.repository import imageset, index, keyring, keys, manifest, removal, sessions, writers
 from imager.repository.credentials import Credentials
 from imager.repository.format import KIND_DATA, canonical, config_message, lineage_id, now, pack_object
 from imager.repository.imageset import Manifest, Previous
@@ -475,6 +476,26 @@ def test_a_config_of_his_own_is_refused(scene: Scene) -> None:
             scene.open(secret)
 
 
+def test_a_config_without_encryption_is_refused(scene: Scene) -> None:
+    """Nobody who has used the repository stores anything in the open because somebody else says so."""
+    path = scene.path("config")
+    raw = path.read_bytes()
+    value = json.loads(raw)
+    bare = {key: one for key, one in value.items() if key not in ("seal", "verify_key")}
+    bare |= {"encryption": "none", "id_key": "ab" * 32}
+    for repository in (value["repository"], "cd" * 16):
+        bare["repository"] = repository
+        write(path, canonical({**bare, "seal": config_message(bare).hex()}))
+        before = [scene.place.files(kind) for kind in ("packs", "sessions", "sets")]
+        source = scene.place.folder / "gamma.img"
+        for verb in (["backup", source, "--name", "x"], ["list"], ["check"]):
+            ended = scene.place.imager(*verb)
+            assert ended.code == 30 and "was encrypted" in ended.err and '"hint":"put config' in ended.err
+        assert before == [scene.place.files(kind) for kind in ("packs", "sessions", "sets")]
+    write(path, raw)
+    assert scene.place.imager("check").code == 0
+
+
 def test_a_slot_of_his_own_gives_him_nothing(scene: Scene) -> None:
     """With secrets that he made up, in every role; and one that would give the owner another repository."""
     with scene.open(MINE) as repository:
@@ -567,6 +588,41 @@ def test_the_next_backup_of_his_machine_is_not_built_on_another_ones_set(scene: 
     assert any("theirs, which is not this host's" in text for text in reporter.warnings)
     code, said = told(scene.place)
     assert code == 30 and "may sign sets of elsewhere" in said
+
+
+def test_what_anybody_put_there_hides_no_rollback(scene: Scene) -> None:
+    """A forged manifest, newer than all in the lineage, does not become what this machine remembers."""
+    raw = scene.set("third").read_bytes()
+    length = int.from_bytes(raw[8:12], "little")
+    public = {**json.loads(raw[16 : 16 + length]), "set": "ab" * 16, "sequence": 1000, "created": now()}
+    head = canonical(public)
+    forged = raw[:8] + len(head).to_bytes(4, "little") + raw[12:16] + head + raw[16 + length :]
+    path = scene.path("sets/" + "ab" * 16)
+    path.write_bytes(forged)
+    source = scene.place.folder / "gamma.img"
+    assert scene.place.imager("backup", source, "--name", "seen").code == 0
+    path.unlink()
+    newest_deleted(scene)
+    ended = scene.place.imager("backup", source, "--name", "seen")
+    assert ended.code == 0 and f"{scene.world.sets['third']} (number" in ended.out, ended.out
+
+
+def test_names_of_his_choice_do_not_look_like_what_the_program_says(
+    scene: Scene, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither steer they the terminal, nor are they lines of their own."""
+    lie = "\x1b[2K\rok\nthe repository is whole\x9b1A\u202e"
+    scene.forge(name=lie, sequence=1, previous=None)
+    with scene.open(MINE) as repository:
+        sessions.announce(repository.storage, repository.config.repository, "ab" * 16, host=lie)
+    root = ["-r", str(scene.place.root)]
+    for verb in (["list"], ["check"], ["prune", "--dry-run"], ["show", "latest"]):
+        code = run([*root, *verb])
+        ended = capsys.readouterr()
+        said = ended.out + ended.err
+        assert "?" in said and not any(c in said for c in "\x1b\r\x9b\u202e"), said
+        assert not any(line.startswith(("ok", "the repository is whole")) for line in said.splitlines()[:-1])
+        assert code == 0
 
 
 def test_numbers_that_do_not_fit_are_refused_by_hand_too(scene: Scene) -> None:

@@ -162,6 +162,52 @@ def test_round_trips(sshd: Sshd, owner: Client, tmp_path: Path, monkeypatch: pyt
     assert asked[1] == asked[2] <= 12 + 1
 
 
+def test_a_copy_that_is_served_append_only(
+    imager: Imager, sshd: Sshd, host: Client, image: Path, tmp_path: Path
+) -> None:
+    """It takes sets, also a choice of them; of keys and revocations it is told that they are not copied."""
+    imager.environment |= {**host.environment, "IMAGER_PASSPHRASE": "correct horse"}
+    source, url = str(tmp_path / "source"), sshd.url(sshd.served / "host/copy")
+    imager.ok("init", source)
+    (tmp_path / "key").write_bytes(b"k" * 40)
+    add = ("-r", source, "key", "add", "--new-keyfile", tmp_path / "key", "--role", "write", "--host", "old")
+    imager.ok(*add, "--label", "old")
+    imager.ok("-r", source, "key", "remove", "old")
+    for _ in range(3):
+        with image.open("r+b") as file:
+            file.write(os.urandom(100_000))
+        imager.ok("-r", source, "backup", image, "--name", "disk")
+    # It begins with all that there is, the revocation too, but for the older sets.
+    imager.ok("sync", source, url, "--latest", "1")
+    copy = sshd.served / "host/copy"
+    assert len(list((copy / "revoked").iterdir())) == len(list((copy / "absent").iterdir())) == 1
+    imager.ok(*add, "--label", "new")
+    imager.ok("-r", source, "key", "remove", "new")
+    (tmp_path / "other").write_bytes(b"o" * 40)
+    imager.ok("-r", source, "key", "add", "--new-keyfile", tmp_path / "other", "--label", "other")
+    for _ in range(2):
+        with image.open("r+b") as file:
+            file.write(os.urandom(100_000))
+        imager.ok("-r", source, "backup", image, "--name", "disk")
+    ids = [one["set"] for one in imager.ok("-r", source, "list", "--json").document["sets"]]
+    imager.ok("-r", source, "forget", ids[-2])
+    before = objects(copy)
+    ended = imager.ok("sync", source, url, "--latest", "1")
+    assert "1 key slots, 1 revocations of the source are not copied" in ended.out + ended.err
+    fresh = objects(copy).keys() - before.keys()
+    kinds = {"packs", "maps", "index", "sets", "absent", "sessions"}
+    assert {name.partition("/")[0] for name in fresh} == kinds
+    imager.ok("-r", url, "restore", "latest", tmp_path / "out.img")
+    assert (tmp_path / "out.img").read_bytes() == image.read_bytes()
+    checked = imager("-r", url, "check")
+    assert checked.code == 30 and "this machine saw that writer's key being revoked" in checked.out
+    # With all rights the rest comes, too.
+    ended = imager.ok("sync", source, str(copy))
+    assert "gets 1 key slots that it lacked" in ended.out + ended.err
+    assert len(list((copy / "revoked").iterdir())) == 2
+    imager.ok("-r", url, "check", "--read-data")
+
+
 def test_a_long_listing_and_a_missing_object(
     sshd: Sshd, owner: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,6 +89,8 @@ def command(
 def _print(shell: Shell, summary: Summary) -> None:
     for problem in summary.problems:
         shell.print(f"{'repaired' if problem.repaired else 'DAMAGED'}: {problem}")
+        for hurt in problem.hurt:
+            shell.print(f"  hurts {hurt}")
     for line in (*summary.notes, *summary.repaired):
         shell.print(line)
     for age in summary.ages or ():

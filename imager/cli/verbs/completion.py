@@ -24,4 +24,4 @@ def command(shell: Shell, shell_name: str) -> None:
 
     kind = get_completion_class(shell_name)
     assert kind is not None
-    shell.print(kind(group, {}, "imager", "_IMAGER_COMPLETE").source().rstrip())
+    shell.page(kind(group, {}, "imager", "_IMAGER_COMPLETE").source())

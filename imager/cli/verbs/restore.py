@@ -10,6 +10,7 @@ import click
 from imager.cli.group import verb
 from imager.cli.options import THREADS
 from imager.cli.shell import Shell
+from imager.cli.style import clean
 from imager.errors import EXIT_DONE, EXIT_INCOMPLETE, UsageError
 from imager.units import format_duration, format_rate, format_size
 
@@ -109,7 +110,7 @@ def _ask(plan: RestorePlan, confirm_device: str | None) -> str | None:
     if settled or not sys.stdin.isatty() or not sys.stderr.isatty():
         return None
     for line in plan.describe():
-        sys.stderr.write(line + "\n")
+        sys.stderr.write(clean(line) + "\n")
     sys.stderr.write(f"\nEverything on {plan.target} will be overwritten.\n{plan.question}: ")
     sys.stderr.flush()
     return sys.stdin.readline().strip()

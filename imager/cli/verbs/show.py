@@ -36,7 +36,7 @@ def command(shell: Shell, set_text: str, layout: bool, svg: str | None) -> None:
 
         picture = layouts.picture(repository, manifest, images)
         if svg == "-":
-            shell.print(picture.rstrip())
+            shell.page(picture)
             return
         layouts.save(svg, picture)
     checked = verified.last(repository.place, manifest.id)

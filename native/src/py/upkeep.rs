@@ -42,6 +42,16 @@ impl Marks {
         self.lock().offsets(pack, newest)
     }
 
+    fn add(&self, pack: u32, offset: u32, length: u32, newest: bool) -> PyResult<()> {
+        Ok(self.lock().add(Place { pack, offset, length }, newest)?)
+    }
+
+    fn take_doubtful(&self) -> Vec<Doubtful> {
+        let place = |place: Place| (place.pack, place.offset, place.length);
+        let found = self.lock().take_doubtful();
+        found.into_iter().map(|(id, places, newest)| (id, places.into_iter().map(place).collect(), newest)).collect()
+    }
+
     #[getter]
     fn lost(&self) -> u64 {
         self.lock().lost
@@ -58,6 +68,8 @@ impl Marks {
     }
 }
 
+/// (id, places: pack number, offset, length; whether a newest set needs it).
+type Doubtful = ([u8; 32], Vec<(u32, u32, u32)>, bool);
 /// (id, pack number, offset, length).
 type Child = ([u8; 32], u32, u32, u32);
 
@@ -70,6 +82,10 @@ impl MapPack {
     fn new(py: Python<'_>, fd: i32, name: &[u8], repository: &[u8]) -> PyResult<Self> {
         let (fd, name, repository) = (Fd::new(fd)?, id(name)?, id16(repository)?);
         Ok(Self(py.detach(|| upkeep::MapPack::open(fd, &name, &repository))?))
+    }
+
+    fn digest(&self, offset: u32) -> Option<[u8; 32]> {
+        self.0.digest(offset)
     }
 
     #[pyo3(signature = (fd, id_, pack, offset, level, *, names, known, stranded, marks, newest))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import subprocess
@@ -263,6 +264,12 @@ def test_the_plan_prints_and_encodes(plain: Repository, plain_writer: Writer, tm
     assert "image" not in fields
     assert not plan.needs_confirmation
     assert not out.exists()
+    # Where the set is another machine's, that is told: it may have the same name, and be the newest.
+    assert ("of the machine" in text) == (fields["host"] != os.uname().nodename)
+    other = dataclasses.replace(plan, host="db1")
+    assert "disk sda, of the machine db1" in "\n".join(other.describe())
+    own = dataclasses.replace(plan, host=os.uname().nodename)
+    assert "of the machine" not in "\n".join(own.describe())
 
 
 def damage(repository: Repository, manifest: Manifest, writer: Writer, block: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import tempfile
@@ -10,12 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from imager import reference
 from imager.errors import ImagerError, IntegrityError, UsageError, WrongKey
 from imager.events import Silent
 from imager.repository import (
+    forgetting,
     imageset,
     keymemory,
     keyring,
@@ -23,11 +26,13 @@ from imager.repository import (
     keyslots,
     recovery_key,
     removal,
+    sync,
     writers,
 )
 from imager.repository.check import check
 from imager.repository.credentials import Credentials
-from imager.repository.format import EPOCHS, REVOKED, SLOTS
+from imager.repository.format import EPOCHS, REVOKED, SLOTS, canonical
+from imager.repository.keyless import open_keyless
 from imager.repository.keys import Secret
 from imager.repository.repository import Opening, Repository
 from imager.storage.errors import AlreadyExists, StorageError
@@ -494,6 +499,47 @@ def test_a_rotation_that_loses_a_race_leaves_nothing(lab: Lab) -> None:
         assert list(repository.secrets.epochs) == [1]
 
 
+def test_two_rotations_of_one_secret_at_once_are_one(lab: Lab) -> None:
+    """The second takes the slot of the first for that of a rotation that was killed, and ends it."""
+    first, second = opened(lab, own(lab)), opened(lab, own(lab))
+    create = first.storage.create
+
+    def late(name: str, data: bytes) -> None:
+        if name.startswith(EPOCHS):
+            keyring.rotate(second, own(lab))
+        create(name, data)
+
+    first.storage.create = late  # type: ignore[method-assign]
+    assert keyring.rotate(first, own(lab)).epoch == 2
+    assert len(slots(lab)) == 1
+    with opened(lab, own(lab)) as repository:
+        number, public = repository.newest_epoch()
+        assert number == 2 and keys.epoch_public(repository.secrets.epochs[2]) == public
+
+
+def test_what_a_lost_race_left_is_not_built_on(lab: Lab) -> None:
+    """A slot whose private key of the newest epoch was never used: no slot that is made of it, or instead."""
+    first = lab.repository.secrets
+    stray = keys.Secrets(first.id_key, first.signing_seed, {**first.epochs, 2: os.urandom(32)})
+    keyring.rotate(lab.repository, own(lab))
+    lab.repository = opened(lab, own(lab))
+    genuine = lab.repository.slot
+    made = lab.backup(disk=noise(2))
+    assert genuine is not None
+    slot, raw = keys.new_slot(lab.repository.id, stray, own(lab), label=genuine.label)
+    (lab.root / SLOTS / slot).write_bytes(raw)
+    keymemory.KeyMemory(lab.repository.id).opened(slot)
+    repository = opened(lab, own(lab))
+    assert repository.slot is not None and repository.slot.slot == slot
+    for change in (lambda: keyring.add(repository, ONE), lambda: keyring.change(repository, TWO)):
+        with pytest.raises(WrongKey, match="never used"):
+            change()
+    assert slots(lab) == {slot, genuine.slot}
+    assert keyring.rotate(repository, own(lab)).slot == genuine.slot and slots(lab) == {genuine.slot}
+    with opened(lab, own(lab)) as again:
+        assert imageset.read_set(again, made.id).content.name == "d"
+
+
 def test_the_epoch_does_not_go_back(lab: Lab) -> None:
     """Somebody deletes the newest epoch, so that backups use a key again that a thief has."""
     write = {"role": "write", "host": "*"}
@@ -576,6 +622,52 @@ def test_a_revoked_writer_signs_no_more(lab: Lab) -> None:
     # Without a slot it is named by what it signed; a second time nothing changes.
     assert removal.remove(opened(lab, own(lab)), "db1").kept == 1
     assert writer.secrets.writer is not None
+
+
+def test_a_certificate_in_a_slot_revokes_nobody_else(lab: Lab) -> None:
+    """Whoever can write puts the certificate of another writer into the slot of a lost machine's key."""
+    full = lab.repository
+    keyring.add(full, TWO, role="write", host="host", label="db2")
+    writer = writing(lab, label="db1")
+    for certificate in (opened(lab, TWO).secrets.writer, None):
+        assert writer.slot is not None and writer.secrets.writer is not None
+        path = lab.root / SLOTS / writer.slot.slot
+        value = json.loads(path.read_bytes())
+        before = value["writer"]
+        value["writer"] = msgspec.to_builtins(certificate) if certificate else {**before, "host": "*"}
+        path.write_bytes(canonical(value))
+        there = slots(lab)
+        with pytest.raises(IntegrityError, match="whom to revoke"):
+            removal.remove(full, "db1")
+        assert slots(lab) == there and full.revoked() == {}
+        path.write_bytes(canonical({**value, "writer": before}))
+    lab.backup(disk=noise(2))
+    path.write_bytes(canonical({**value, "writer": msgspec.to_builtins(opened(lab, TWO).secrets.writer)}))
+    # Who has signed something is found by that.
+    removed = removal.remove(full, "db1")
+    assert (removed.revoked, removed.kept) == (writer.secrets.writer.writer, 1)
+    assert set(full.revoked()) == {writer.secrets.writer.writer} and path.name not in slots(lab)
+
+
+def test_what_a_copy_still_has_of_a_revoked_writer_counts(lab: Lab, tmp_path: Path) -> None:
+    """Also where the original has forgotten it long ago."""
+    full = lab.repository
+    writing(lab, label="db1")
+    first, second = lab.backup(disk=noise(2)), lab.backup(disk=noise(2, 1))
+    target = FolderStorage(str(tmp_path / "copy"))
+    with open_keyless(FolderStorage(str(lab.root))) as source:
+        sync.sync(source, target, sync.Wishes(), Silent())
+    plan = forgetting.plan_sets(full, [first.id], Silent())
+    forgetting.execute(full, plan, Silent())
+    assert removal.remove(full, "db1").kept == 1
+    with open_keyless(FolderStorage(str(lab.root))) as source:
+        assert sync.sync(source, target, sync.Wishes(), Silent()).ok
+    lab.repository.close()
+    with opened(Lab(tmp_path / "copy", lab.keyfile, "keyfile", full), own(lab)) as repository:
+        assert repository.revoked()
+        listing = imageset.list_sets(repository)
+        assert ([one.id for one in listing.sets], listing.problems) == ([first.id, second.id], ())
+        assert check(repository, Silent(), read_data="all").ok
 
 
 def test_a_revocation_that_is_deleted_still_counts_here(lab: Lab) -> None:

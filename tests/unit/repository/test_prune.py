@@ -454,6 +454,21 @@ def test_a_forged_tombstone_explains_nothing(lab: Lab) -> None:
     whole(lab)
 
 
+def test_nothing_is_forgotten_under_a_forged_tombstone(lab: Lab) -> None:
+    """Or its gap would never be explained: every check would call the chain broken."""
+    ids = three_sets(lab)
+    stone = lab.root / "forgotten" / ids[1]
+    stone.parent.mkdir()
+    for junk in (b"{}", b""):
+        stone.write_bytes(junk)
+        with pytest.raises(IntegrityError, match="the tombstone of image set"):
+            forget(lab, ids[1])
+        assert [one.id for one in imageset.list_sets(lab.reopen()).sets] == ids
+    stone.unlink()
+    forget(lab, ids[1])
+    whole(lab)
+
+
 def test_forgetting_can_be_interrupted_anywhere(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = three_sets(lab)
     for stop_at in range(3):

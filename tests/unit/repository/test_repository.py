@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +21,24 @@ from imager.storage.location import open_storage
 from tests.unit.repository.building import BLOCK, Lab, noise
 
 QUIET = Credentials(interactive=False)
+
+
+def test_another_repository_may_be_made_where_an_encrypted_one_was(tmp_path: Path) -> None:
+    """By whoever uses it; where somebody else did, a person says that it was on purpose."""
+    storage = FolderStorage(str(tmp_path / "r"))
+    credentials = Credentials(keyfile=str(tmp_path / "key"), interactive=False)
+    for encryption in ("keyfile", "none", "keyfile"):
+        Repository.init(storage, credentials, encryption=encryption).close()
+        Repository.open(storage, credentials).close()
+        shutil.rmtree(tmp_path / "r")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IMAGER_STATE_DIR", str(tmp_path / "of another machine"))
+        Repository.init(storage, credentials, encryption="none").close()
+    with pytest.raises(IntegrityError, match="was encrypted") as told:
+        Repository.open(storage, credentials)
+    assert told.value.hint
+    Path(told.value.hint.rpartition("delete ")[2]).unlink()
+    Repository.open(storage, credentials).close()
 
 
 def test_init_and_open_with_a_passphrase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,12 +137,14 @@ def test_a_config_of_somebody_else_is_refused(make_lab: Callable[[str], Lab]) ->
     """With an open key of its own it would make us write what its maker can read."""
     lab, other = make_lab("keyfile"), make_lab("none")
     (lab.root / "config").write_bytes((other.root / "config").read_bytes())
-    opened = Repository.open(lab.storage, lab.credentials())
-    assert opened.id != lab.repository.id  # another repository, and known as such
+    with pytest.raises(IntegrityError, match="was encrypted"):
+        Repository.open(lab.storage, lab.credentials())
     value = json.loads((other.root / "config").read_bytes())
     value["repository"] = lab.repository.id.hex()
     value["seal"] = config_message({key: item for key, item in value.items() if key != "seal"}).hex()
     (lab.root / "config").write_bytes(canonical(value))
+    with pytest.raises(IntegrityError, match="was encrypted"):
+        Repository.open(lab.storage, lab.credentials())
     sealed = make_lab("keyfile")
     mixed = json.loads((sealed.root / "config").read_bytes())
     mixed["block_size"] = 4096

@@ -614,3 +614,18 @@ def test_no_page_is_too_hostile_to_parse(data: st.DataObject) -> None:
         return
     assert len(page.targets) <= 512 and len(page.packs) <= 512
     assert all(target.pack in page.packs for target in page.targets)
+
+
+def test_what_an_interrupted_init_left_is_no_part_of_the_copy(
+    make_lab: Callable[[str], Lab], tmp_path: Path
+) -> None:
+    """Its epoch would be in the place of the copy's own."""
+    lab, other = make_lab("keyfile"), make_lab("keyfile")
+    made = lab.backup(sda=noise(20))
+    shutil.copytree(other.root, tmp_path / "copy")
+    (tmp_path / "copy/config").unlink()
+    assert copy(lab, tmp_path / "copy").ok
+    for kind in ("slots", "epochs"):
+        names = sorted(path.name for path in (tmp_path / "copy" / kind).iterdir())
+        assert names == [path.name for path in lab.paths(kind)]
+    is_whole(lab, tmp_path / "copy", [made.id])

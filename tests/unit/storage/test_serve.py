@@ -357,6 +357,16 @@ def test_append_only(peer, root: Path, restrict: bool) -> None:
         wire.Create("damaged/missing/" + "ab" * 32),
         wire.Create("tmp/x"),
         wire.Create("packsx/x"),
+        # What would be in the way of others: a file where their folder, a folder where their object comes.
+        wire.Create("packs/3f"),
+        wire.Create("packs/4a/3f" + "00" * 31),
+        wire.Create(PACK + "/x"),
+        wire.Create(SET + "/x"),
+        wire.Create("index/aa/" + "aa" * 32),
+        wire.Create("forgotten/" + "ab" * 16),
+        wire.Create("revoked/" + "ab" * 16),
+        wire.Create("pins/" + "ab" * 16),
+        wire.Create("checked/" + "ab" * 16),
         wire.Begin(),
     ]
     for request in refused:
@@ -367,10 +377,11 @@ def test_append_only(peer, root: Path, restrict: bool) -> None:
     assert one.kind(wire.Create(PACK), b"another") == "already-exists"
     assert one.kind(wire.Create("config"), b"another") == "refused"
     assert tree(root) == before
-    for name in (SESSION, SET, "packs/aa/aa", "maps/aa/aa", "index/aa"):
+    names = (SESSION, SET, "packs/aa/" + "aa" * 32, "maps/aa/" + "aa" * 32, "index/" + "aa" * 32)
+    for name in (*names, "absent/" + "cd" * 16):
         assert one.kind(wire.Create(name), b"new") is None
     one.tell(wire.Write(1, 0), b"x")
-    assert one.kind(wire.Publish(1, "packs/bb/bb", 1)) is None
+    assert one.kind(wire.Publish(1, "packs/bb/" + "bb" * 32, 1)) is None
     assert one.kind(wire.Delete(SESSION)) == "refused", "its set is there"
     for request in (wire.Create("probe/a"), wire.Move("probe/a", "probe/b"), wire.Delete("probe/b")):
         assert one.kind(request) is None, "what doctor tries is no part of a repository"
@@ -387,6 +398,20 @@ def test_an_append_only_writer_takes_back_its_own_announcement_only(peer, root: 
     assert other.kind(wire.Delete(SESSION)) == "refused"
     assert one.kind(wire.Delete(SESSION)) is None
     assert not (root / SESSION).exists()
+
+
+@pytest.mark.parametrize("part", ["damaged", "condemned", "damaged/packs/3f", "sets/x", "packs/3f"])
+@pytest.mark.parametrize("restrict", [False, True])
+def test_a_part_of_a_repository_is_no_place_for_another(peer, root: Path, part: str, restrict: bool) -> None:
+    """Or what may be appended to that one would be set aside, condemned or revoked in the one around it."""
+    before = tree(root), sorted(os.listdir(root))
+    for mode in (APPEND_ONLY, READ_ONLY):
+        one = peer(root / part, mode=mode, restrict=[str(root)] if restrict else [])
+        assert one.opened.error and one.opened.error.kind == "refused", one.opened
+        assert "part of the repository" in one.opened.error.message
+        assert one.kind(wire.Begin()) == "protocol", "nothing is open"
+    assert (tree(root), sorted(os.listdir(root))) == before
+    assert peer(root / part).opened.error is None, "who may do everything may do this, too"
 
 
 @pytest.mark.parametrize("mode", [APPEND_ONLY, READ_ONLY])
