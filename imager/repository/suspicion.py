@@ -51,8 +51,8 @@ def _is_genuine(repository: Repository, one: Manifest | Head) -> bool:
     """
     if isinstance(one, Head):
         try:
-            one = imageset.decode(repository, one.id, one.raw)
-        except (IntegrityError, NoRepository):
+            one = imageset.read_head(repository, one)
+        except (IntegrityError, NoRepository, imageset.NoSuchSet):
             return False
     writer = one.public.writer
     return one.body is not None or writer is None or writer.host in (ANY_HOST, imageset.this_host())
