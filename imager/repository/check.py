@@ -329,8 +329,8 @@ def _rebuild(found: Survey, done: list[str]) -> list[Problem]:
     """Rebuild the index and sweep the staging area; the problems that are left, repaired ones marked."""
     repository = found.repository
     made, dropped = index.rebuild(repository, found.reporter)
-    if dropped or any(problem.kind == "index" for problem in found.problems):
-        done.append(f"rebuilt the index: {len(made)} segments made or kept, {len(dropped)} dropped")
+    if len(dropped) != len(made) or any(problem.kind == "index" for problem in found.problems):
+        done.append(f"rebuilt the index: {len(made)} segments made, {len(dropped)} dropped")
     swept = repository.storage.sweep()
     if swept:
         done.append(f"removed {len(swept)} files that dead writers left")

@@ -259,7 +259,7 @@ def _index_again(source: Repository, target: Storage, known: _native.Known, name
 def _segment(source: Repository, target: Storage, known: _native.Known, done: _Done) -> None:
     data = known.segment(source.id)
     if data is not None:
-        copy_small(source.storage, target, index.segment_name(data), data)
+        index.put_anew(target, data)
         known.forget()
         done.objects += 1
 

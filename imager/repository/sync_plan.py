@@ -113,9 +113,21 @@ class Planning(Struct):
     publics: dict[str, Public] = field(default_factory=dict)
     lost: bool = False
     "Whether something was not to be had."
+    looked: bool = False
+    "Whether the source's index was read anew."
 
     def elsewhere(self, identities: Iterable[bytes]) -> dict[bytes, str]:
         """Object names of packs of the source that hold blocks, of those that are found."""
+        wanted = set(identities)
+        found = self._located(wanted)
+        if len(found) < len(wanted) and not self.looked:
+            # What the source was when an earlier plan looked: prunes may have moved it on.
+            self.looked = True
+            if self.source.locator.look_again():
+                found |= self._located(wanted - found.keys())
+        return found
+
+    def _located(self, identities: Iterable[bytes]) -> dict[bytes, str]:
         found: dict[bytes, str] = {}
         for identity, place in self.source.locator.find_all(identities, KIND_DATA).items():
             name = self.source.names.name(place[0])

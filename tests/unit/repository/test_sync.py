@@ -269,6 +269,27 @@ def test_blocks_that_a_prune_moved_are_found_through_the_index(lab: Lab, tmp_pat
     assert not (tmp_path / "copy" / old.relative_to(lab.root)).exists()
 
 
+def test_a_plan_that_is_made_anew_looks_at_the_index_anew(lab: Lab, tmp_path: Path) -> None:
+    """Prunes of the source move blocks on and on; what one plan found there is not where the next looks."""
+    from tests.unit.repository.test_prune import forget, prune
+
+    data = bytearray(noise(600))
+    ids = []
+    for number in range(4):
+        data[number * 40 * BLOCK : (number * 40 + 40) * BLOCK] = noise(40, seed=number + 1)
+        ids.append(lab.backup(sda=bytes(data)).id)
+    target = FolderStorage(str(tmp_path / "copy"))
+    with open_keyless(FolderStorage(str(lab.root))) as source:
+        for set_id in ids[:3]:
+            forget(lab, set_id)
+            _, done = prune(lab, max_unused="0%")
+            assert done.packs_rewritten
+            made = sync.plan(source, target, Wishes())
+            assert not made.refused and ids[3] in made.sets
+        assert sync.sync(source, target, Wishes(), Silent()).ok
+    is_whole(lab, tmp_path / "copy", ids[3:])
+
+
 def test_a_pack_that_vanishes_is_planned_anew(lab: Lab, tmp_path: Path) -> None:
     """The source is pruned while it is copied: the block comes from where it is now."""
     data = noise(60)
