@@ -13,6 +13,7 @@ from imager.repository import keys, manifest, tombstones, writers
 from imager.repository.format import EPOCHS, FORGOTTEN, REVOKED, SESSIONS, SETS, SLOTS, is_id
 from imager.repository.manifest import MAX_MANIFEST
 from imager.repository.repository import Repository
+from imager.storage.errors import NotFound
 
 if TYPE_CHECKING:
     from imager.repository.sync_plan import Planning, Wishes
@@ -39,7 +40,11 @@ def lacking(planning: Planning, new: Sequence[str], present: Sequence[str]) -> t
         found += sorted(set(source.storage.list_names(prefix)) - there)
     marks = {name.removeprefix(SETS) for name in source.storage.list_names(SETS)} - set(planning.publics)
     for set_id in sorted(one for one in marks - planning.target_sets if is_id(one)):
-        if manifest.is_abort_mark(source.storage.read(SETS + set_id, 0, MAX_MANIFEST + 1)):
+        try:
+            raw = source.storage.read(SETS + set_id, 0, MAX_MANIFEST + 1)
+        except NotFound:
+            continue  # A set that came after the others were read, and was forgotten at once.
+        if manifest.is_abort_mark(raw):
             found.append(SETS + set_id)
     there = set() if planning.creates else set(target.list_names(SESSIONS))
     announced = set(source.storage.list_names(SESSIONS))

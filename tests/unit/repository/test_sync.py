@@ -293,6 +293,17 @@ def test_a_plan_that_is_made_anew_looks_at_the_index_anew(lab: Lab, tmp_path: Pa
     other.repository.close()
 
 
+def test_a_set_that_is_forgotten_as_soon_as_it_is_listed(lab: Lab, tmp_path: Path) -> None:
+    class Racing(FolderStorage):
+        def list_names(self, prefix: str) -> list[str]:
+            return super().list_names(prefix) + (["sets/" + "ab" * 16] if prefix == "sets/" else [])
+
+    ids = three(lab)
+    with open_keyless(Racing(str(lab.root))) as source:
+        done = sync.sync(source, FolderStorage(str(tmp_path / "copy")), Wishes(), Silent())
+    assert done.ok and list(done.sets) == ids
+
+
 def test_a_pack_that_vanishes_is_planned_anew(lab: Lab, tmp_path: Path) -> None:
     """The source is pruned while it is copied: the block comes from where it is now."""
     data = noise(60)
