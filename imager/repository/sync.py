@@ -117,8 +117,10 @@ def execute(
     for _ in range(_ROUNDS):
         if todo.empty:
             break
-        if todo.creates:
-            _create(source, target, done)
+        if todo.creates and not _create(source, target, done):
+            todo = plan(source, target, wishes)  # Another one made the copy meanwhile: go on with it.
+            done.refuse(todo.refused)
+            continue
         with Announcement.begin(source.config, target, "sync") as own:
             if not sync_plan.still_holds(todo, target):
                 todo = plan(source, target, wishes, distrusted=done.sets)
@@ -156,18 +158,26 @@ def execute(
     )
 
 
-def _create(source: Repository, target: Storage, done: _Done) -> None:
-    """Make the target a repository: slots, epochs and revocations first, the config last, as init does."""
+def _create(source: Repository, target: Storage, done: _Done) -> bool:
+    """Make the target a repository: slots, epochs and revocations first, the config last, as init does.
+
+    False where it has become one since the plan was made.
+    """
     from imager.repository.repository import refuse_used
 
+    if target.exists(CONFIG):
+        return False
     refuse_used(target)
     raw = source.storage.read(CONFIG)
     with target.initializing():
+        if target.exists(CONFIG):
+            return False
         refuse_used(target)
         for prefix in (SLOTS, EPOCHS, REVOKED):
             for name in source.storage.list_names(prefix):
                 _object(source, target, name, done)
         target.create(CONFIG, raw)
+    return True
 
 
 def _copy_key(source: Repository, target: Storage, name: str) -> bool:

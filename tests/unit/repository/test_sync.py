@@ -293,6 +293,20 @@ def test_a_plan_that_is_made_anew_looks_at_the_index_anew(lab: Lab, tmp_path: Pa
     other.repository.close()
 
 
+def test_another_sync_makes_the_copy_meanwhile(lab: Lab, tmp_path: Path) -> None:
+    """Between plan and execution, or while the first object is made: it goes on with that copy."""
+    ids = three(lab)
+    root = tmp_path / "copy"
+    target = FolderStorage(str(root))
+    with open_keyless(FolderStorage(str(lab.root))) as source:
+        made = sync.plan(source, target, Wishes())
+        assert made.creates
+        assert sync.sync(source, target, Wishes(latest=1), Silent()).ok
+        done = sync.execute(source, target, Wishes(), made, Silent())
+    assert done.ok and sorted(ids) == sorted(path.name for path in (root / "sets").iterdir())
+    is_whole(lab, root, ids)
+
+
 def test_a_set_that_is_forgotten_as_soon_as_it_is_listed(lab: Lab, tmp_path: Path) -> None:
     class Racing(FolderStorage):
         def list_names(self, prefix: str) -> list[str]:
