@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 from imager import _native
-from imager.errors import IntegrityError
+from imager.errors import IntegrityError, Locked
 from imager.events import Reporter
 from imager.repository import merging, sessions
 from imager.repository.format import INDEX, KIND_DATA, pack_object
@@ -37,14 +37,22 @@ def look_around(session: Session, reporter: Reporter | None = None) -> _native.K
     """List the packs that a writer may refer to, and load the index of their blocks.
 
     What a prune has condemned counts as absent. The session is announced, so what it
-    sees here stays until it ends. Raises `IntegrityError`, `StorageError`.
+    sees here stays until it ends. Raises `IntegrityError`, `Locked`, `StorageError`.
     """
     repository = session.repository
     session.known = known = load(repository, reporter)
     # After the index, so that of what that names nothing is too new to be listed. Whoever condemns
     # something later than it is looked for here sees this session, and waits for its end.
-    listing = repository.list_far()
-    condemned = sessions.condemned_packs(repository.storage, repository.config.repository, listing)
+    for _ in range(_LISTINGS):
+        listing = repository.list_far()
+        condemned = sessions.condemned_packs(repository.storage, repository.config.repository, listing)
+        if condemned is not None:
+            break
+    else:
+        raise Locked(
+            "prunes end here one after the other, too many to tell which packs stay",
+            hint="run it again when they have ended",
+        )
     session.condemned = condemned
     repository.packs_present(without=condemned, listed=True)
     return known

@@ -143,8 +143,10 @@ def begin(source: Repository, target: Storage) -> Planning:
     _compare_config(planning)
     planning.sizes = _sizes(source)
     if not planning.creates:
+        # Before the packs: one that is listed, and gone when the condemnations are read, was never there.
+        doomed = condemned(target, source.config.repository)
         there = {name for prefix in (PACKS, MAPS) for name in target.list_names(prefix)}
-        planning.doomed = condemned(target, source.config.repository) & there
+        planning.doomed = doomed & there
         planning.there = there - planning.doomed
         planning.pruned = pruned(target, source.config.repository)
         planning.target_sets = {name.removeprefix(SETS) for name in target.list_names(SETS)}
@@ -170,8 +172,9 @@ def still_holds(made: SyncPlan, target: Storage) -> bool:
         return False  # They need other names now.
     if not made.relies:
         return True
+    doomed = condemned(target, made.repository)
     there = {name for prefix in (SETS, PACKS, MAPS) for name in target.list_names(prefix)}
-    return made.relies <= there - condemned(target, made.repository)
+    return made.relies <= there - doomed
 
 
 def _sizes(source: Repository) -> dict[str, int]:

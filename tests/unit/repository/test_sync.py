@@ -293,6 +293,35 @@ def test_a_plan_that_is_made_anew_looks_at_the_index_anew(lab: Lab, tmp_path: Pa
     other.repository.close()
 
 
+def test_a_prune_of_the_copy_that_ends_while_a_sync_looks(lab: Lab, tmp_path: Path) -> None:
+    """It deletes what it had condemned, and then the condemnation, just after the packs were listed."""
+
+    class Racing(FolderStorage):
+        def list_names(self, prefix: str) -> list[str]:
+            names = super().list_names(prefix)
+            if prefix == "maps/":
+                for name in super().list_names("condemned/"):
+                    for pack in [*super().list_names("packs/"), *super().list_names("maps/")]:
+                        self.delete(pack)
+                    self.delete(name)
+            return names
+
+    ids = three(lab)
+    root = tmp_path / "copy"
+    copy(lab, root)
+    forget_everything(root)
+    target = FolderStorage(str(root))
+    doomed = [[bytes.fromhex(name[-64:]) for name in target.list_names(kind)] for kind in ("packs/", "maps/")]
+    sessions.condemn(target, lab.repository.config.repository, *doomed)
+    with open_keyless(FolderStorage(str(lab.root))) as source:
+        done = sync.sync(source, Racing(str(root)), Wishes(), Silent())
+    assert done.ok and list(done.sets) == ids and not target.list_names("condemned/")
+    other = as_lab(lab, root)
+    found = checking.check(other.repository, Silent(), read_data="all")
+    assert found.ok and found.sets == len(ids), found.problems
+    other.repository.close()
+
+
 def test_another_sync_makes_the_copy_meanwhile(lab: Lab, tmp_path: Path) -> None:
     """Between plan and execution, or while the first object is made: it goes on with that copy."""
     ids = three(lab)
