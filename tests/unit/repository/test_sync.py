@@ -294,10 +294,22 @@ def test_a_plan_that_is_made_anew_looks_at_the_index_anew(lab: Lab, tmp_path: Pa
 
 
 def test_a_prune_of_the_copy_that_ends_while_a_sync_looks(lab: Lab, tmp_path: Path) -> None:
-    """It deletes what it had condemned, and then the condemnation, just after the packs were listed."""
+    """It condemns before the session is announced, which so knows of it; and once the packs are listed,
+    it deletes them, and then the condemnation."""
+    ids = three(lab)
+    root = tmp_path / "copy"
+    copy(lab, root)
+    forget_everything(root)
 
     class Racing(FolderStorage):
+        looks = 0
+
         def list_names(self, prefix: str) -> list[str]:
+            self.looks += prefix == "condemned/"
+            if prefix == "condemned/" and self.looks == 2:  # The first one was for the plan.
+                doomed = [[bytes.fromhex(name[-64:]) for name in super(Racing, self).list_names(kind)]
+                          for kind in ("packs/", "maps/")]  # fmt: skip
+                sessions.condemn(self, lab.repository.config.repository, *doomed)
             names = super().list_names(prefix)
             if prefix == "maps/":
                 for name in super().list_names("condemned/"):
@@ -306,16 +318,9 @@ def test_a_prune_of_the_copy_that_ends_while_a_sync_looks(lab: Lab, tmp_path: Pa
                     self.delete(name)
             return names
 
-    ids = three(lab)
-    root = tmp_path / "copy"
-    copy(lab, root)
-    forget_everything(root)
-    target = FolderStorage(str(root))
-    doomed = [[bytes.fromhex(name[-64:]) for name in target.list_names(kind)] for kind in ("packs/", "maps/")]
-    sessions.condemn(target, lab.repository.config.repository, *doomed)
     with open_keyless(FolderStorage(str(lab.root))) as source:
         done = sync.sync(source, Racing(str(root)), Wishes(), Silent())
-    assert done.ok and list(done.sets) == ids and not target.list_names("condemned/")
+    assert done.ok and list(done.sets) == ids and not list((root / "condemned").iterdir())
     other = as_lab(lab, root)
     found = checking.check(other.repository, Silent(), read_data="all")
     assert found.ok and found.sets == len(ids), found.problems
