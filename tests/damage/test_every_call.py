@@ -19,7 +19,7 @@ import pytest
 from imager.engine import backup, restore
 from imager.engine.backup import BackupOptions
 from imager.engine.restore import RestoreOptions
-from imager.errors import ImagerError
+from imager.errors import ImagerError, IntegrityError
 from imager.events import Silent
 from imager.repository import forgetting, imageset, sessions, sync
 from imager.repository.check import check
@@ -138,7 +138,9 @@ def pruned(world: World, storage: Storage) -> None:
 
 def repaired(world: World, storage: Storage) -> None:
     with world.open(storage) as repository:
-        assert check(repository, Silent(), read_data="all", repair=True, threads=1).ok
+        found = check(repository, Silent(), read_data="all", repair=True, threads=1)
+    if not found.ok:
+        raise IntegrityError("something could not be read")
 
 
 def copied(world: World, storage: Storage) -> None:
@@ -174,7 +176,10 @@ def place_of(world: World, command: Command) -> Path:
 
 
 def is_right(world: World, root: Path, *, after: str, dying: bool = False) -> None:
-    """All sets are there and read back right; none is there that ought not to be."""
+    """All sets are there, and every block of them; one of them, taken at random, is restored as well.
+
+    `dying`: a command has just ended early. Then the blocks are enough; a restore looks for mounted disks, too.
+    """
     if not (root / "config").exists():
         return
     storage = FolderStorage(str(root))
@@ -186,7 +191,7 @@ def is_right(world: World, root: Path, *, after: str, dying: bool = False) -> No
         there = {one.id for one in imageset.list_sets(repository).sets}
         if root == world.root:
             assert there >= set(world.images) - {world.gone}, after
-    for set_id in there & set(world.images):
+    for set_id in () if dying else random.Random(after).sample(sorted(there & set(world.images)), 1):
         target = world.folder / "looked"
         with world.open(storage) as repository:
             plan = restore.plan(repository, set_id, str(target), RestoreOptions(), Silent())
@@ -223,9 +228,13 @@ def nothing_is_left_over(world: World, root: Path, after: str) -> None:
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda one: one.__name__)
 @pytest.mark.parametrize("way", ["before", "after", "gone"])
 def test_every_call(whole: World, command: Command, way: str) -> None:
-    """`before`: a call does not arrive; `after`: its answer is lost; `gone`: none arrives any more."""
+    """`before`: a call does not arrive; `after`: its answer is lost; `gone`: none arrives any more.
+
+    Of the calls that fail once every third is tried, and all of them where IMAGER_TEST_ALL is set.
+    """
     failed = 0
-    for number in range(1000):
+    step = 1 if way == "gone" or os.environ.get("IMAGER_TEST_ALL") else 3
+    for number in range(("before", "after", "gone").index(way) if step > 1 else 0, 1000, step):
         world = whole.at(whole.folder.with_name(f"{command.__name__}-{way}-{number}"))
         root = place_of(world, command)
         plain = FolderStorage(str(root))
@@ -254,7 +263,7 @@ def test_every_call(whole: World, command: Command, way: str) -> None:
         shutil.rmtree(world.folder)
         if ended:
             break
-    assert 5 < failed <= number
+    assert (6 if step == 1 else 2) <= failed <= number
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda one: one.__name__)
