@@ -16,6 +16,7 @@ from imager.errors import IntegrityError
 from imager.repository import index, partial
 from imager.repository.format import KIND_DATA, KIND_MAP, pack_object
 from imager.repository.packs import PackAccess
+from imager.repository.segments import cache_of
 from imager.storage.errors import Gone, NotFound, StorageError
 
 Place = tuple[int, int, int]
@@ -99,9 +100,10 @@ class Locator:
         self._known = _native.Known(self._names)
         self._complete.clear()
         self._exhausted.clear()
+        cache = cache_of(repository)
         for name in segments:
             try:
-                index.load_one(repository, self._known, name)
+                index.load_one(repository, self._known, name, cache)
             except Gone:
                 raise
             except (IntegrityError, StorageError):
