@@ -245,7 +245,7 @@ def _told(found: Survey, name: str) -> bool:
 
 
 def _excuse(found: Survey, costs: dict[int, list[Hurt]]) -> None:
-    """Packs that are gone while all that sets need of them is elsewhere: only the index does not say where."""
+    """Packs that are gone while all that sets need of them is elsewhere: the index does not say where."""
     if not found.keyless and any(manifest.body is None for manifest in found.listing.sets):
         return  # What those need was not traced.
     gone = [

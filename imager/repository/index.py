@@ -21,8 +21,8 @@ from imager.storage.base import Storage
 from imager.storage.errors import Gone, NotFound, StorageError
 
 __all__ = [
-    "load", "load_one", "look_around", "packs_named", "put_anew", "rebuild", "segment_name", "segment_names", "thin",
-    "write_segment",
+    "load", "load_one", "look_around", "packs_named", "put_anew", "rebuild", "segment_name", "segment_names",
+    "thin", "write_segment",
 ]  # fmt: skip
 
 SEGMENT_ENTRIES = 1 << 18

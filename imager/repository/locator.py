@@ -126,7 +126,9 @@ class Locator:
         if kind in self._exhausted:
             return False
         self._exhausted.add(kind)
-        return add_unknown(self._repository, self._names, self._known, self._repository.pack_names(kind), kind)
+        return add_unknown(
+            self._repository, self._names, self._known, self._repository.pack_names(kind), kind
+        )
 
 
 def fetch_elsewhere(

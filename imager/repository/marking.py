@@ -233,7 +233,7 @@ class Marker:
             self.known.add_pack(self.names.intern(name), records)
 
     def _ask_all(self) -> bool:
-        """Take in what the index does not know of packs that it names: a merge keeps one place of each block."""
+        """Take in what the index lacks of packs that it names: a merge keeps one place of each block."""
         safe = sorted(self.view.packs.keys() - self.view.doomed)
         return add_unknown(self.repository, self.names, self.known, safe, KIND_DATA)
 

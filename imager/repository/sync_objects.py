@@ -14,6 +14,7 @@ from imager.repository.format import EPOCHS, FORGOTTEN, REVOKED, SESSIONS, SETS,
 from imager.repository.manifest import MAX_MANIFEST
 from imager.repository.repository import Repository
 from imager.storage.errors import NotFound
+from imager.units import count
 
 if TYPE_CHECKING:
     from imager.repository.sync_plan import Planning, Wishes
@@ -27,8 +28,8 @@ def not_forgotten(planning: Planning, new: list[str], wishes: Wishes) -> tuple[l
     kept = [set_id for set_id in new if set_id not in forgotten]
     if len(kept) == len(new):
         return new, []
-    number = len(new) - len(kept)
-    return kept, [f"{number} sets were forgotten in the copy and stay so; --set ID copies one all the same"]
+    number = count(len(new) - len(kept), "set", "was forgotten", "were forgotten")
+    return kept, [f"{number} in the copy and not copied again; --set ID copies one all the same"]
 
 
 def lacking(planning: Planning, new: Sequence[str], present: Sequence[str]) -> tuple[list[str], set[str]]:
@@ -70,7 +71,8 @@ def notes(planning: Planning) -> Iterable[str]:
         name.removeprefix(SETS) for name in planning.source.storage.list_names(SETS)
     }
     if foreign:
-        yield f"{len(foreign)} sets of the copy are gone in the source; they stay"
+        number = count(len(foreign), "set", "of the copy is", "of the copy are")
+        yield f"{number} gone in the source; what the copy has stays"
 
 
 def verify_small(source: Repository, name: str, raw: bytes) -> None:

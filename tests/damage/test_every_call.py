@@ -178,7 +178,7 @@ def place_of(world: World, command: Command) -> Path:
 def is_right(world: World, root: Path, *, after: str, dying: bool = False) -> None:
     """All sets are there, and every block of them; one of them, taken at random, is restored as well.
 
-    `dying`: a command has just ended early. Then the blocks are enough; a restore looks for mounted disks, too.
+    `dying`: a command has just ended early. Then the blocks are enough: a restore takes longer.
     """
     if not (root / "config").exists():
         return

@@ -12,7 +12,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tests.model.protocol import (
-    Flaws, Make, Store, fencer, forgetter, merger, pruner, syncer, tardy, writer,
+    Flaws,
+    Make,
+    Store,
+    fencer,
+    forgetter,
+    merger,
+    pruner,
+    syncer,
+    tardy,
+    writer,
 )  # fmt: skip
 
 MOST_STEPS = 2000
@@ -158,7 +167,9 @@ _COPIED = (_sync("c"), _forget("s0"))
 SCENARIOS = (
     Scenario("a writer and a prune", _BEFORE, (_writer("w2", "abd"), _pruner("p1"))),
     Scenario(
-        "a writer that lists all at once and a prune", _BEFORE, (_writer("w2", "abd", far=True), _pruner("p1"))
+        "a writer that lists all at once and a prune",
+        _BEFORE,
+        (_writer("w2", "abd", far=True), _pruner("p1")),
     ),
     Scenario("a writer, a prune and a fencer", _BEFORE, (_pruner("p1"), fencer, _writer("w2", "abd"))),
     Scenario("two prunes", _BEFORE, (_pruner("p1"), _pruner("p2"))),
@@ -172,15 +183,21 @@ SCENARIOS = (
     Scenario("two prunes and a writer", _BEFORE, (_pruner("p1"), _writer("w2", "ad"), _pruner("p2"))),
     Scenario("a merge of the index and a prune", _MOVED, (_pruner("p1"), merger, _forget("w2"))),
     Scenario("a sync and a prune", _COPIED, (_pruner("p1"), _sync("c"))),
+    Scenario("a deletion that comes late", _BEFORE, (_pruner("p1", late=True), tardy, _writer("w2", "abd"))),
     Scenario(
-        "a deletion that comes late", _BEFORE, (_pruner("p1", late=True), tardy, _writer("w2", "abd"))
+        "a sync, two prunes and forget", _COPIED, (_pruner("p1"), _sync("c"), _pruner("p2"), _forget("s0"))
     ),
-    Scenario("a sync, two prunes and forget", _COPIED, (_pruner("p1"), _sync("c"), _pruner("p2"), _forget("s0"))),
     Scenario(
         "late deletions and everybody",
         _MOVED,
         (
-            _pruner("p1", late=True), tardy, _writer("w3", "abd"), _pruner("p2"), fencer, merger, _forget("w1"),
+            _pruner("p1", late=True),
+            tardy,
+            _writer("w3", "abd"),
+            _pruner("p2"),
+            fencer,
+            merger,
+            _forget("w1"),
             _writer("w4", "ac"),
         ),  # fmt: skip
     ),

@@ -167,7 +167,7 @@ ORIGIN: Refs = (("a", "o.0"), ("b", "o.0"), ("e", "o.0"))
 
 
 def syncer(store: Store, me: str, name: str = "s0") -> Agent:
-    """Copy a set: its packs under their own names where nobody may delete those; the outcome is not its own."""
+    """Copy a set, its packs under their own names where nobody may delete those."""
     made = 0
     for attempt in range(4):
         session = f"{me}{attempt}"
@@ -213,7 +213,7 @@ def is_prune(session: str) -> bool:
 
 
 def merger(store: Store) -> Agent:
-    """Merge the index: one place of each block stays, of those that are there; what was merged is deleted last."""
+    """Merge the index: of the places of a block that are there one stays."""
     yield
     index = store.index
     yield

@@ -103,7 +103,7 @@ class SteppingStorage:
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """When a process is killed: at the `count`th of its calls, or of those of one kind to a part of the names."""
+    """When a process is killed: at the `count`th of its calls, or of those of a kind to names with a prefix."""
 
     count: int
     how: str
@@ -239,7 +239,9 @@ class Director:
         return False
 
     def _kill(self, actor: Actor) -> None:
-        self.log.append(f"{actor.number}: killed {actor.kill and actor.kill.how} call {actor.calls}: {actor.last}")
+        self.log.append(
+            f"{actor.number}: killed {actor.kill and actor.kill.how} call {actor.calls}: {actor.last}"
+        )
         if actor.kill is not None:
             call, _, name = actor.last.partition(" ")
             self.kills[f"{actor.verb} {call} {name.partition('/')[0]}"] += 1

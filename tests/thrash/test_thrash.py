@@ -366,7 +366,9 @@ def test_thrash(
                 log = Path(tempfile.gettempdir()) / f"imager-thrash-{name}-{seed}.log"
                 log.write_text("\n".join(play.director.log))
                 print(*play.director.log[-60:], sep="\n")
-                print(f"every call: {log}\nagain: python -m pytest tests/thrash -q -k {name} --thrash-seed {seed}")
+                print(
+                    f"every call: {log}\nagain: python -m pytest tests/thrash -q -k {name} --thrash-seed {seed}"
+                )
                 raise
             finally:
                 play.director.stop()
