@@ -20,6 +20,12 @@ _SUFFIXES = {"": 1, "K": KIB, "M": MIB, "G": GIB, "T": TIB, "P": 1 << 50}
 _SIZE = r"(\d+(?:\.\d+)?)\s*([KMGTP]?)(?:i?B)?"
 
 
+def count(number: int, thing: str, one: str = "", many: str = "") -> str:
+    """`1 block`, `3 blocks`; with a verb for each, `1 pack holds` and `3 packs hold`."""
+    words = (f"{number} {thing}", one) if number == 1 else (f"{number} {thing}s", many)
+    return " ".join(filter(None, words))
+
+
 def parse_size(text: str) -> int:
     """Bytes of `64K`, `1.5GiB`, `4096`. Raises `UsageError`."""
     match = re.fullmatch(_SIZE, text.strip(), re.IGNORECASE)

@@ -134,7 +134,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _any(self) -> None:
         door = self.door
-        body = self.rfile.read(int(self.headers.get("content-length", 0)))
+        length = int(self.headers.get("content-length", 0))
+        body = self.rfile.read(length)
+        if len(body) < length:
+            self._cut()  # The client died in the middle: the server never hears of it.
+            return
         key = self.path.partition("?")[0].removeprefix(f"/{BUCKET}").lstrip("/")
         with door.lock:
             number = sum(door.counts.values())

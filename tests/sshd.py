@@ -124,6 +124,11 @@ class Sshd:
     def running(self) -> bool:
         return self._process is not None
 
+    def busy(self) -> bool:
+        """Whether it serves somebody."""
+        assert self._process is not None
+        return bool(_children(self._process.pid))
+
     def hang_up(self) -> None:
         """Kill the processes that serve a connection."""
         assert self._process is not None

@@ -13,6 +13,8 @@ import re
 from collections.abc import Sequence
 from typing import IO
 
+from imager.units import count as count  # for those who print
+
 _CODES = {"bold": "1", "dim": "2", "red": "1;31", "green": "32", "yellow": "1;33", "cyan": "36"}
 
 
@@ -42,11 +44,6 @@ def paint(text: str, style: str, stream: IO[str]) -> str:
     if os.environ.get("NO_COLOR") or not is_terminal(stream):
         return text
     return f"\033[{_CODES[style]}m{text}\033[0m"
-
-
-def count(number: int, thing: str) -> str:
-    """`1 block`, `3 blocks`."""
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def table(

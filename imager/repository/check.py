@@ -93,6 +93,7 @@ def check(
         if found.keyless:
             references.check_blocks(found, chosen)
     costs = references.hurt_sets(found) if found.keyless else hurt_by_pack(found)
+    _excuse(found, costs)
     done: list[str] = []
     if repair:
         _set_aside(found, done)
@@ -139,6 +140,8 @@ def _read_packs(found: Survey, chosen: list[str], threads: int, record: Record, 
                 whole = []
             found.reporter.advance(found.sizes[path])
         share = record.share_of(wish, found.sizes)
+        if found.unlisted:
+            found.notes.append(f"{found.unlisted} blocks are not in the index: a backup may store them again")
     finally:
         if whole or share:
             record.keep(share, whole, found.sizes)
@@ -193,6 +196,9 @@ def _take(found: Survey, path: str, result: _Read) -> bool:
         found.read += found.sizes[path]
     if result.problem is not None:
         found.blame(number, result.problem)
+    elif result.unknown and number in found.used and found.known.naming([bytes.fromhex(path[-64:])]):
+        # Stored twice once: a merged segment kept the other place, and a prune has deleted that.
+        found.unlisted += result.unknown
     elif result.unknown and number in found.used:
         found.problems.append(
             Problem(
@@ -236,6 +242,24 @@ def _told(found: Survey, name: str) -> bool:
 
 
 # --- what it comes to ---------------------------------------------------------------------------
+
+
+def _excuse(found: Survey, costs: dict[int, list[Hurt]]) -> None:
+    """Packs that are gone while all that sets need of them is elsewhere: the index does not say where."""
+    if not found.keyless and any(manifest.body is None for manifest in found.listing.sets):
+        return  # What those need was not traced.
+    gone = [
+        number
+        for number, reasons in found.bad.items()
+        if reasons == ["it is missing"] and number not in costs and number not in found.maps | found.aside
+    ]
+    for number in gone:
+        del found.bad[number]
+    if gone:
+        found.notes.append(
+            f"the index does not tell where the blocks of {len(gone)} packs are that are gone; they are "
+            "there, but finding them takes long: imager check --repair mends it"
+        )
 
 
 def _pack_problems(found: Survey, costs: dict[int, list[Hurt]]) -> list[Problem]:
@@ -329,8 +353,8 @@ def _rebuild(found: Survey, done: list[str]) -> list[Problem]:
     """Rebuild the index and sweep the staging area; the problems that are left, repaired ones marked."""
     repository = found.repository
     made, dropped = index.rebuild(repository, found.reporter)
-    if dropped or any(problem.kind == "index" for problem in found.problems):
-        done.append(f"rebuilt the index: {len(made)} segments made or kept, {len(dropped)} dropped")
+    if len(dropped) != len(made) or any(problem.kind == "index" for problem in found.problems):
+        done.append(f"rebuilt the index: {len(made)} segments made, {len(dropped)} dropped")
     swept = repository.storage.sweep()
     if swept:
         done.append(f"removed {len(swept)} files that dead writers left")

@@ -79,6 +79,8 @@ class Survey(Struct):
     "Packs that are map packs."
     pages: int = 0
     read: int = 0
+    unlisted: int = 0
+    "Blocks of packs that the index names, which it knows in no pack."
 
     @property
     def keyless(self) -> bool:

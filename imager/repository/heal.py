@@ -325,10 +325,7 @@ class RecordCopier:
 def _index(repository: Repository, known: _native.Known) -> None:
     data = known.segment(repository.id)
     if data is not None:
-        try:
-            repository.storage.create(index.segment_name(data), data)
-        except AlreadyExists:
-            pass
+        index.put_anew(repository.storage, data)
 
 
 __all__ = [

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 from imager import _native
-from imager.errors import IntegrityError
+from imager.errors import IntegrityError, Locked
 from imager.events import Reporter
 from imager.repository import merging, sessions
 from imager.repository.format import INDEX, KIND_DATA, pack_object
@@ -18,30 +18,41 @@ from imager.repository.packs import PackAccess
 from imager.repository.segments import SegmentCache, cache_of, packs_named, segment_name, segment_names
 from imager.repository.session import Session
 from imager.storage.base import Storage
-from imager.storage.errors import AlreadyExists, Gone, NotFound, StorageError
+from imager.storage.errors import Gone, NotFound, StorageError
 
 __all__ = [
-    "load", "load_one", "look_around", "packs_named", "rebuild", "segment_name", "segment_names", "thin",
-    "write_segment",
+    "load", "load_one", "look_around", "packs_named", "put_anew", "rebuild", "segment_name", "segment_names",
+    "thin", "write_segment",
 ]  # fmt: skip
 
 SEGMENT_ENTRIES = 1 << 18
 "Write a segment once this many entries are pending: 8 MiB of them, in about 40 MiB of memory."
 _LISTINGS = 8
+_PAGE = 4096
+_LOT = slice(16, 32)
+"Bytes of an index page that say nothing: `put_anew` makes a name unique by those of the first."
 
 
 def look_around(session: Session, reporter: Reporter | None = None) -> _native.Known:
     """List the packs that a writer may refer to, and load the index of their blocks.
 
     What a prune has condemned counts as absent. The session is announced, so what it
-    sees here stays until it ends. Raises `IntegrityError`, `StorageError`.
+    sees here stays until it ends. Raises `IntegrityError`, `Locked`, `StorageError`.
     """
     repository = session.repository
     session.known = known = load(repository, reporter)
     # After the index, so that of what that names nothing is too new to be listed. Whoever condemns
     # something later than it is looked for here sees this session, and waits for its end.
-    listing = repository.list_far()
-    condemned = sessions.condemned_packs(repository.storage, repository.config.repository, listing)
+    for _ in range(_LISTINGS):
+        listing = repository.list_far()
+        condemned = sessions.condemned_packs(repository.storage, repository.config.repository, listing)
+        if condemned is not None:
+            break
+    else:
+        raise Locked(
+            "prunes end here one after the other, too many to tell which packs stay",
+            hint="run it again when they have ended",
+        )
     session.condemned = condemned
     repository.packs_present(without=condemned, listed=True)
     return known
@@ -160,21 +171,28 @@ def thin(repository: PackAccess, reporter: Reporter) -> merging.Merged:
     return merging.forget(repository, known, repository.names.absent())
 
 
-def _put(storage: Storage, name: str, data: bytes) -> None:
-    """Create a segment; one of the same name is kept if it is what its name says. Raises `StorageError`."""
-    try:
-        storage.create(name, data)
-    except AlreadyExists:
-        if storage.read(name) != data:
-            storage.delete(name)
-            storage.create(name, data)
+def put_anew(storage: Storage, data: bytes) -> str:
+    """Create a segment under a name that no process can know yet: its object name. Raises `StorageError`.
+
+    For what tells of packs that were there before, and so may be the same as a segment that once was:
+    that one may have been merged, and the merger may be asleep before it deletes it.
+    """
+    pages = int.from_bytes(data[24:32], "little")
+    page = bytearray(data[pages : pages + _PAGE])
+    page[_LOT] = os.urandom(16)
+    page[:8] = _native.xxh3(bytes(page[8:])).to_bytes(8, "little")
+    made = b"".join((data[:pages], page, data[pages + _PAGE :]))
+    name = segment_name(made)
+    storage.create(name, made)
+    return name
 
 
 def rebuild(repository: PackAccess, reporter: Reporter) -> tuple[list[str], list[str]]:
     """Make segments anew from the trailers of all data packs, then drop the older ones: (made, dropped).
 
     A pack whose trailer is damaged is left out with a warning. A backup that
-    runs meanwhile keeps its own new segments. Raises `StorageError`.
+    runs meanwhile keeps its own new segments. What is made has new names, so that of a merge which
+    sleeps in the middle of its deletes none can hit it. Raises `StorageError`.
     """
     storage = repository.storage
     old = segment_names(repository)
@@ -184,9 +202,7 @@ def rebuild(repository: PackAccess, reporter: Reporter) -> tuple[list[str], list
     def write() -> None:
         data = known.segment(repository.id)
         if data is not None:
-            name = segment_name(data)
-            _put(storage, name, data)
-            made.append(name)
+            made.append(put_anew(storage, data))
             known.forget()
 
     names = sorted(repository.pack_names(KIND_DATA))
@@ -206,10 +222,9 @@ def rebuild(repository: PackAccess, reporter: Reporter) -> tuple[list[str], list
             write()
     write()
     reporter.end()
-    dropped = [name for name in old if name not in made]
-    for stale in dropped:
+    for stale in old:
         try:
             storage.delete(stale)
         except NotFound:
             continue
-    return made, dropped
+    return made, old

@@ -1,8 +1,9 @@
 """Where a record is that is not where a map says: prune has moved it, or a repair set its pack aside.
 
-Invariant: a location is a hint and the id the truth. The index is asked first;
-where that does not know, the trailers of the packs that no index segment names
-are. What is found lies in a pack that the storage lists.
+Invariant: a location is a hint and the id the truth. The index is asked first; where
+that does not know, the trailers of the packs that no index segment names are, and
+before something counts as lost, those of all packs: a merged segment names one place of each
+block, and that one may be gone. What is found lies in a pack that the storage lists.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from imager.errors import IntegrityError
 from imager.repository import index, partial
 from imager.repository.format import KIND_DATA, KIND_MAP, pack_object
 from imager.repository.packs import PackAccess
+from imager.repository.segments import cache_of
 from imager.storage.errors import Gone, NotFound, StorageError
 
 Place = tuple[int, int, int]
@@ -37,6 +39,7 @@ class Locator:
         self._known = _native.Known(self._names)
         self._listing: frozenset[str] = frozenset()
         self._complete: set[int] = set()
+        self._exhausted: set[int] = set()
 
     def find(self, identity: bytes, kind: int, tried: Container[tuple[int, int]] = ()) -> Place | None:
         """Where a record is, other than in the places that were tried; see `find_all`."""
@@ -50,7 +53,9 @@ class Locator:
         """
         wanted = list(identities)
         found: dict[bytes, Place] = {}
-        for attempt in (self._as_it_is, self._completed, self._looked_again, self._completed):
+        for attempt in (
+            self._as_it_is, self._completed, self._looked_again, self._completed, self._asked_all,
+        ):  # fmt: skip
             missing = [identity for identity in wanted if identity not in found]
             if not missing or not attempt(kind):
                 continue
@@ -99,9 +104,11 @@ class Locator:
         self._names.set_present(packs)
         self._known = _native.Known(self._names)
         self._complete.clear()
+        self._exhausted.clear()
+        cache = cache_of(repository)
         for name in segments:
             try:
-                index.load_one(repository, self._known, name)
+                index.load_one(repository, self._known, name, cache)
             except Gone:
                 raise
             except (IntegrityError, StorageError):
@@ -118,6 +125,15 @@ class Locator:
         for name, records in records_of_all(self._repository, strange, kind):
             self._known.add_pack(self._names.intern(name), records)
         return True
+
+    def _asked_all(self, kind: int) -> bool:
+        """Take in what any pack holds and the index does not know."""
+        if kind in self._exhausted:
+            return False
+        self._exhausted.add(kind)
+        return add_unknown(
+            self._repository, self._names, self._known, self._repository.pack_names(kind), kind
+        )
 
 
 def places_elsewhere(
@@ -188,6 +204,22 @@ def records_of(repository: PackAccess, name: bytes, kind: int) -> Records:
         return []
     finally:
         os.close(fd)
+
+
+def add_unknown(
+    repository: PackAccess, names: _native.Names, known: _native.Known, packs: Sequence[bytes], kind: int
+) -> bool:
+    """Read the trailers of packs, for those of their records that `known` lacks; whether there were any.
+
+    What it knows already stays out, so memory is bounded by what the index lacks. Raises `StorageError`.
+    """
+    found = False
+    for name, records in records_of_all(repository, packs, kind):
+        if known.count(b"".join(record[1] for record in records)) < len(records):
+            lacking = [record for record in records if known.find(record[1]) is None]
+            known.add_pack(names.intern(name), lacking)
+            found = True
+    return found
 
 
 def records_of_all(

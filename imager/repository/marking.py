@@ -18,7 +18,7 @@ from imager.errors import IntegrityError
 from imager.events import Reporter
 from imager.repository import imageset, index, public, sessions
 from imager.repository.format import KIND_DATA, KIND_MAP, MAPS, PACKS, is_pack_name
-from imager.repository.locator import records_of_all
+from imager.repository.locator import add_unknown, records_of_all
 from imager.repository.manifest import Public, Root, is_abort_mark, is_sealed, parse_public
 from imager.repository.repository import Repository
 from imager.repository.sessions import Condemnation
@@ -124,6 +124,8 @@ class Marker:
             # The index lacks something, or names packs that came after the listing: ask the packs.
             self._complete()
             found = self._mark(sets)
+            if found.marks.lost and self._ask_all():
+                found = self._mark(sets)
         return found
 
     def _mark(self, sets: Mapping[str, Public]) -> Marked:
@@ -266,6 +268,11 @@ class Marker:
         strange = [name for name in self.view.packs if name not in named and name not in doomed]
         for name, records in records_of_all(self.repository, strange, KIND_DATA):
             self.known.add_pack(self.names.intern(name), records)
+
+    def _ask_all(self) -> bool:
+        """Take in what the index lacks of packs that it names: a merge keeps one place of each block."""
+        safe = sorted(self.view.packs.keys() - self.view.doomed)
+        return add_unknown(self.repository, self.names, self.known, safe, KIND_DATA)
 
     def close(self) -> None:
         """Close the descriptors of map packs."""

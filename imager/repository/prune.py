@@ -36,6 +36,7 @@ from imager.repository.repository import Repository
 from imager.repository.session import writing_failed
 from imager.repository.sessions import Condemnation
 from imager.storage.errors import AlreadyExists, Gone, NotFound
+from imager.units import count
 
 __all__ = ["Prune", "PruneOptions", "PrunePlan", "PruneSummary"]
 
@@ -187,9 +188,10 @@ class Prune:
             )
         for line in damage:
             self.reporter.warn(f"given up: {line}")
-        if self._marked.marks.lost:
+        if lost := self._marked.marks.lost:
             self.reporter.warn(
-                f"{self._marked.marks.lost} references to blocks lead nowhere: their packs are missing",
+                f"{count(lost, 'reference', 'to a block leads', 'to blocks lead')} nowhere: "
+                "the packs are missing",
                 hint="imager check tells which image sets that concerns",
             )
         return view

@@ -27,7 +27,7 @@ from imager.repository.format import (
 from imager.repository.marking import Marked, View
 from imager.repository.repository import Repository
 from imager.storage.errors import NotFound
-from imager.units import format_size, parse_size
+from imager.units import count, format_size, parse_size
 
 _SHARE = re.compile(r"(\d+(?:\.\d+)?)%")
 _HEAD = 64
@@ -106,18 +106,19 @@ class PrunePlan(Struct, frozen=True):
     def describe(self) -> list[str]:
         """The plan in lines for a person."""
         lines = [
-            f"{_packs(self.packs)}, {format_size(self.stored)}: {format_size(self.live)} live, "
+            f"{count(self.packs, 'pack')}, {format_size(self.stored)}: {format_size(self.live)} live, "
             f"{format_size(self.unused)} unused",
-            f"delete {_packs(len(self.drop))} that hold nothing live: "
+            f"delete {count(len(self.drop), 'pack', 'that holds', 'that hold')} nothing live: "
             f"{format_size(sum(pack.size for pack in self.drop))}",
-            f"rewrite {_packs(len(self.rewrite))}: copy {format_size(self.copied)}, "
+            f"rewrite {count(len(self.rewrite), 'pack')}: copy {format_size(self.copied)}, "
             f"free {format_size(sum(pack.unused for pack in self.rewrite))}",
             f"leave {format_size(self.left)} unused",
         ]
         if self.condemned:
-            lines.append(f"delete {_packs(self.condemned)} that an earlier prune has condemned")
+            lines.append(f"delete {count(self.condemned, 'pack')} that an earlier prune has condemned")
         if self.busy:
-            lines.append(f"leave {_packs(self.busy)} alone: their writer may still be at work")
+            busy = count(self.busy, "pack", "alone: its writer", "alone: their writers")
+            lines.append(f"leave {busy} may still be at work")
         lines += [f"declare dead: {who}" for who in self.fence]
         lines += [f"still without an outcome: {who}" for who in self.waiting]
         return lines
@@ -142,10 +143,6 @@ class PruneSummary(Struct, frozen=True):
     fenced: tuple[str, ...]
     damaged: tuple[str, ...]
     seconds: float
-
-
-def _packs(number: int) -> str:
-    return "1 pack" if number == 1 else f"{number} packs"
 
 
 def parse_limit(text: str) -> tuple[float | None, int]:

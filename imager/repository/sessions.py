@@ -164,13 +164,17 @@ def read_condemned(
 
 def condemned_packs(
     storage: Storage, repository: str, listing: Sequence[str] | None = None
-) -> frozenset[bytes]:
+) -> frozenset[bytes] | None:
     """Names of the packs that a writer must treat as absent. Call it once the session is announced.
 
-    `listing`: names of all objects, listed after that.
+    Packs are to be listed after this; or in `listing`, names of all objects, listed once the session was
+    announced. None: a condemnation of the listing is gone, and with it packs that are still in the
+    listing; list again. Raises `IntegrityError`, `StorageError`.
     """
-    found = read_condemned(storage, repository, listing).values()
-    return frozenset[bytes]().union(*(one.packs | one.maps for one in found))
+    found = read_condemned(storage, repository, listing)
+    if listing is not None and found.keys() != set(_condemned_ids(storage, listing)):
+        return None
+    return frozenset[bytes]().union(*(one.packs | one.maps for one in found.values()))
 
 
 def condemn(

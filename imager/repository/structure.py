@@ -53,6 +53,7 @@ from imager.repository.missing import MISSING
 from imager.repository.pages import BadPage, Seen, pages
 from imager.repository.repository import Opening, Repository
 from imager.storage.errors import Gone, NotFound, StorageError
+from imager.units import count
 
 _FOOTER = struct.Struct("<8sIIQQ")
 
@@ -165,7 +166,8 @@ def _upkeep(found: Survey) -> None:
     if condemned:
         packs = sum(len(one.packs) + len(one.maps) for one in condemned.values())
         found.notes.append(
-            f"{packs} packs are condemned: the next prune deletes them, once older sessions have ended"
+            f"{count(packs, 'pack', 'is', 'are')} condemned: the next prune deletes what is, "
+            "once older sessions have ended"
         )
 
 
@@ -311,7 +313,8 @@ def _maps(found: Survey) -> None:
     )
     if orphans:
         found.notes.append(
-            f"{orphans} packs belong to no image set: left by backups that ended early, or still being made"
+            f"{count(orphans, 'pack', 'belongs', 'belong')} to no image set: "
+            "left by backups that ended early, or still being made"
         )
 
 

@@ -130,8 +130,10 @@ def execute(
     for _ in range(_ROUNDS):
         if todo.empty:
             break
-        if todo.creates:
-            _create(source, target, done)
+        if todo.creates and not _create(source, target, done):
+            todo = plan(source, target, wishes)  # Another one made the copy meanwhile: go on with it.
+            done.refuse(todo.refused)
+            continue
         with Announcement.begin(source.config, target, "sync") as own:
             if not sync_plan.still_holds(todo, target):
                 todo = plan(source, target, wishes, distrusted=done.sets)
@@ -169,15 +171,22 @@ def execute(
     )
 
 
-def _create(source: Repository, target: Storage, done: _Done) -> None:
-    """Make the target a repository: slots, epochs and revocations first, the config last, as init does."""
+def _create(source: Repository, target: Storage, done: _Done) -> bool:
+    """Make the target a repository: slots, epochs and revocations first, the config last, as init does.
+
+    False where it has become one since the plan was made.
+    """
     from imager.repository.repository import refuse_used
 
+    if target.exists(CONFIG):
+        return False
     refuse_used(target)
     raw = source.storage.read(CONFIG, 0, MAX_SMALL_JSON + 1)
     if parse_config(raw)[0] != source.config:
         raise IntegrityError("config of the source is another than it was a moment ago")
     with target.initializing():
+        if target.exists(CONFIG):
+            return False
         refuse_used(target)
         for prefix in _FIRST:
             for name in target.list_names(prefix):
@@ -185,6 +194,7 @@ def _create(source: Repository, target: Storage, done: _Done) -> None:
             for name in source.storage.list_names(prefix):
                 _object(source, target, name, done)
         target.create(CONFIG, raw)
+    return True
 
 
 def _copy(
@@ -267,7 +277,7 @@ def _index_again(source: Repository, target: Storage, known: _native.Known, name
 def _segment(source: Repository, target: Storage, known: _native.Known, done: _Done) -> None:
     data = known.segment(source.id)
     if data is not None:
-        copy_small(target, index.segment_name(data), data)
+        index.put_anew(target, data)
         known.forget()
         done.objects += 1
 

@@ -24,6 +24,8 @@ from imager.repository.format import (
 from imager.repository.manifest import MAX_MANIFEST
 from imager.repository.repository import Repository
 from imager.storage.base import Storage
+from imager.storage.errors import NotFound
+from imager.units import count
 
 if TYPE_CHECKING:
     from imager.repository.sync_plan import Planning, Wishes
@@ -37,8 +39,8 @@ def not_forgotten(planning: Planning, new: list[str], wishes: Wishes) -> tuple[l
     kept = [set_id for set_id in new if set_id not in forgotten]
     if len(kept) == len(new):
         return new, []
-    number = len(new) - len(kept)
-    return kept, [f"{number} sets were forgotten in the copy and stay so; --set ID copies one all the same"]
+    number = count(len(new) - len(kept), "set", "was forgotten", "were forgotten")
+    return kept, [f"{number} in the copy and not copied again; --set ID copies one all the same"]
 
 
 def lacking(planning: Planning, new: Sequence[str], present: Sequence[str]) -> tuple[list[str], set[str]]:
@@ -50,7 +52,11 @@ def lacking(planning: Planning, new: Sequence[str], present: Sequence[str]) -> t
             found += _missing(planning, prefix)
     marks = {name.removeprefix(SETS) for name in source.storage.list_names(SETS)} - set(planning.publics)
     for set_id in sorted(one for one in marks - planning.target_sets if is_id(one)):
-        if manifest.is_abort_mark(source.storage.read(SETS + set_id, 0, MAX_MANIFEST + 1)):
+        try:
+            raw = source.storage.read(SETS + set_id, 0, MAX_MANIFEST + 1)
+        except NotFound:
+            continue  # A set that came after the others were read, and was forgotten at once.
+        if manifest.is_abort_mark(raw):
             found.append(SETS + set_id)
     there = set() if planning.creates else set(target.list_names(SESSIONS))
     announced = set(source.storage.list_names(SESSIONS))
@@ -104,7 +110,8 @@ def notes(planning: Planning) -> Iterable[str]:
         name.removeprefix(SETS) for name in planning.source.storage.list_names(SETS)
     }
     if foreign:
-        yield f"{len(foreign)} sets of the copy are gone in the source; they stay"
+        number = count(len(foreign), "set", "of the copy is", "of the copy are")
+        yield f"{number} gone in the source; what the copy has stays"
 
 
 def verify_small(source: Repository, name: str, raw: bytes) -> None:

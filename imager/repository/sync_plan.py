@@ -113,9 +113,21 @@ class Planning(Struct):
     publics: dict[str, Public] = field(default_factory=dict)
     lost: bool = False
     "Whether something was not to be had."
+    looked: bool = False
+    "Whether the source's index was read anew."
 
     def elsewhere(self, identities: Iterable[bytes]) -> dict[bytes, str]:
         """Object names of packs of the source that hold blocks, of those that are found."""
+        wanted = set(identities)
+        found = self._located(wanted)
+        if len(found) < len(wanted) and not self.looked:
+            # What the source was when an earlier plan looked: prunes may have moved it on.
+            self.looked = True
+            if self.source.locator.look_again():
+                found |= self._located(wanted - found.keys())
+        return found
+
+    def _located(self, identities: Iterable[bytes]) -> dict[bytes, str]:
         found: dict[bytes, str] = {}
         for identity, place in self.source.locator.find_all(identities, KIND_DATA).items():
             name = self.source.names.name(place[0])
@@ -131,8 +143,10 @@ def begin(source: Repository, target: Storage) -> Planning:
     _compare_config(planning)
     planning.sizes = _sizes(source)
     if not planning.creates:
+        # Before the packs: one that is listed, and gone when the condemnations are read, was never there.
+        doomed = condemned(target, source.config.repository)
         there = {name for prefix in (PACKS, MAPS) for name in target.list_names(prefix)}
-        planning.doomed = condemned(target, source.config.repository) & there
+        planning.doomed = doomed & there
         planning.there = there - planning.doomed
         planning.pruned = pruned(target, source.config.repository)
         planning.target_sets = {name.removeprefix(SETS) for name in target.list_names(SETS)}
@@ -158,8 +172,9 @@ def still_holds(made: SyncPlan, target: Storage) -> bool:
         return False  # They need other names now.
     if not made.relies:
         return True
+    doomed = condemned(target, made.repository)
     there = {name for prefix in (SETS, PACKS, MAPS) for name in target.list_names(prefix)}
-    return made.relies <= there - condemned(target, made.repository)
+    return made.relies <= there - doomed
 
 
 def _sizes(source: Repository) -> dict[str, int]:

@@ -6,7 +6,9 @@ shown it to be there otherwise. Losing the cache, or any part of it, costs time.
 What looks for damage in a repository does not use it.
 
 Kept are manifests and map packs: what a backup reads of the sets before it. Most of them
-this machine wrote itself. Index segments are kept by `imager.repository.segments`.
+this machine wrote itself. And condemnations, which may stay for long where a prune waits for somebody: one
+that is gone by the time its copy is used only makes a writer store again what it could have had.
+Index segments are kept by `imager.repository.segments`.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from imager.storage.wrapper import Wrapper
 
 ROOM = 1 << 30
 "Bytes that the copies of one storage take at most; IMAGER_CACHE_SIZE says otherwise."
-_KINDS = ("sets/", "maps/")
+_SMALL = ("sets/", "condemned/")
+_KINDS = (*_SMALL, "maps/")
 _DIGEST = 32
 _PIECE = 1 << 20
 
@@ -53,7 +56,7 @@ class Cached(Wrapper):
             if len(data) == count:
                 return data
         data = super().read(name, offset, length)
-        if offset == 0 and (length is None or len(data) < length) and name.startswith("sets/"):
+        if offset == 0 and (length is None or len(data) < length) and name.startswith(_SMALL):
             self._keep(name, [data])
         return data
 

@@ -11,7 +11,18 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from tests.model.protocol import Flaws, Make, Store, fencer, forgetter, pruner, writer
+from tests.model.protocol import (
+    Flaws,
+    Make,
+    Store,
+    fencer,
+    forgetter,
+    merger,
+    pruner,
+    syncer,
+    tardy,
+    writer,
+)  # fmt: skip
 
 MOST_STEPS = 2000
 
@@ -80,6 +91,8 @@ def litter(store: Store) -> str | None:
     alone(store, fencer)
     for number in range(2):
         alone(store, lambda store, number=number: pruner(store, f"z{number}"))  # type: ignore[misc]
+        while store.late:
+            alone(store, tardy)
     if (harm := store.harm()) is not None:
         return f"after the last prune: {harm}"
     live = {block for refs in store.manifests().values() for block, _ in refs}
@@ -127,12 +140,16 @@ def wander(scenario: Scenario, flaws: Flaws, seed: int) -> Found | None:
     return Found(scenario.name, tuple(switches), harm) if harm else None
 
 
-def _writer(name: str, blocks: str) -> Make:
-    return lambda store: writer(store, name, blocks)
+def _writer(name: str, blocks: str, *, ignorant: bool = False, far: bool = False) -> Make:
+    return lambda store: writer(store, name, blocks, ignorant=ignorant, far=far)
 
 
-def _pruner(name: str, *, lazy: bool = False) -> Make:
-    return lambda store: pruner(store, name, lazy=lazy)
+def _pruner(name: str, *, lazy: bool = False, late: bool = False) -> Make:
+    return lambda store: pruner(store, name, lazy=lazy, late=late)
+
+
+def _sync(name: str) -> Make:
+    return lambda store: syncer(store, name)
 
 
 def _forget(name: str) -> Make:
@@ -142,8 +159,18 @@ def _forget(name: str) -> Make:
 _BEFORE = (_writer("w0", "abc"), _writer("w1", "bcd"), _forget("w0"))
 "Pack w0.0 is sparse: of its blocks a, b and c nobody wants a any more."
 
+_MOVED = (*_BEFORE, _pruner("p0"), _writer("w2", "bc", ignorant=True))
+"A prune has moved b and c, which w1 refers to where they were; and w2 has stored them once more."
+_COPIED = (_sync("c"), _forget("s0"))
+"A copied set was forgotten; its pack is still there, under the name that it has in the original."
+
 SCENARIOS = (
     Scenario("a writer and a prune", _BEFORE, (_writer("w2", "abd"), _pruner("p1"))),
+    Scenario(
+        "a writer that lists all at once and a prune",
+        _BEFORE,
+        (_writer("w2", "abd", far=True), _pruner("p1")),
+    ),
     Scenario("a writer, a prune and a fencer", _BEFORE, (_pruner("p1"), fencer, _writer("w2", "abd"))),
     Scenario("two prunes", _BEFORE, (_pruner("p1"), _pruner("p2"))),
     Scenario("two prunes that are fenced", _BEFORE, (_pruner("p1"), _pruner("p2"), fencer)),
@@ -154,6 +181,26 @@ SCENARIOS = (
     ),
     Scenario("forget between", _BEFORE, (_pruner("p1"), _forget("w1"), _writer("w2", "abcd"))),
     Scenario("two prunes and a writer", _BEFORE, (_pruner("p1"), _writer("w2", "ad"), _pruner("p2"))),
+    Scenario("a merge of the index and a prune", _MOVED, (_pruner("p1"), merger, _forget("w2"))),
+    Scenario("a sync and a prune", _COPIED, (_pruner("p1"), _sync("c"))),
+    Scenario("a deletion that comes late", _BEFORE, (_pruner("p1", late=True), tardy, _writer("w2", "abd"))),
+    Scenario(
+        "a sync, two prunes and forget", _COPIED, (_pruner("p1"), _sync("c"), _pruner("p2"), _forget("s0"))
+    ),
+    Scenario(
+        "late deletions and everybody",
+        _MOVED,
+        (
+            _pruner("p1", late=True),
+            tardy,
+            _writer("w3", "abd"),
+            _pruner("p2"),
+            fencer,
+            merger,
+            _forget("w1"),
+            _writer("w4", "ac"),
+        ),  # fmt: skip
+    ),
     Scenario(
         "everybody",
         _BEFORE,

@@ -41,6 +41,16 @@ class Flaws:
     "A prune deletes before the index knows where the records went."
     reusing: bool = False
     "Condemnations are withdrawn while some of their packs are still there."
+    believing: bool = False
+    "What neither a map's hint nor the index tells counts as lost, though some pack has it."
+    keeping: bool = False
+    "A sync stores packs under the names that they had, though a prune may be about to delete them."
+    careless: bool = False
+    "A sync counts on condemned packs."
+    backwards: bool = False
+    "A sync lists the packs before it lists what is condemned."
+    hurried: bool = False
+    "A writer that listed all at once takes a condemnation that has gone since for none."
 
 
 @dataclass(slots=True)
@@ -58,6 +68,8 @@ class Store:
     condemned: dict[str, frozenset[str]] = field(default_factory=dict)
     deletes: int = 0
     "Packs that were deleted."
+    late: list[str] = field(default_factory=list)
+    "Packs whose deletion was asked for, and has not been carried out yet."
 
     def manifests(self) -> dict[str, Refs]:
         """The sets that exist."""
@@ -68,26 +80,38 @@ class Store:
         for name, refs in self.manifests().items():
             for block, hint in refs:
                 places = {hint} | {pack for known, pack in self.index if known == block}
+                if not self.flaws.believing:
+                    places |= self.packs.keys()  # The trailers tell in the end.
                 if not any(block in self.packs.get(pack, ()) for pack in places):
                     return f"block {block} of set {name} is lost"
         return None
 
 
-def writer(store: Store, me: str, blocks: str) -> Agent:
-    """A backup of these blocks, on top of some set that is there when it plans."""
+def writer(store: Store, me: str, blocks: str, *, ignorant: bool = False, far: bool = False) -> Agent:
+    """A backup of these blocks, on top of some set that is there when it plans.
+
+    `ignorant`: it finds nothing of what is there, so it stores again what others store at the same time.
+    `far`: it lists everything in one call.
+    """
     yield
     base = dict(next(iter(sorted(store.manifests().items(), reverse=True)), ("", ()))[1])
+    if ignorant:
+        base = {}
     yield
     seen = frozenset(store.condemned)
     if not store.flaws.late:
         yield
         store.sessions[me] = seen
+    if far:
+        bad, packs = yield from _listed_at_once(store)
+    else:
+        yield
+        bad = frozenset[str]().union(*store.condemned.values())
+        yield
+        packs = frozenset(store.packs)
+    present = packs - (bad if not store.flaws.ignoring else frozenset())
     yield
-    bad = frozenset[str]().union(*store.condemned.values()) if not store.flaws.ignoring else frozenset()
-    yield
-    present = frozenset(store.packs) - bad
-    yield
-    index = dict(sorted(pair for pair in store.index if pair[1] in present))
+    index = dict(sorted(pair for pair in store.index if pair[1] in present and not ignorant))
     if store.flaws.late:
         yield
         store.sessions[me] = seen
@@ -124,6 +148,91 @@ def fencer(store: Store) -> Agent:
         store.sets.setdefault(session, ABORT)
 
 
+def _listed_at_once(store: Store) -> Generator[None, None, tuple[frozenset[str], frozenset[str]]]:
+    """(packs that are condemned, packs) by one listing, and a read of each condemnation."""
+    while True:
+        yield
+        names, packs = sorted(store.condemned), frozenset(store.packs)
+        found: dict[str, frozenset[str]] = {}
+        for name in names:
+            yield
+            if name in store.condemned:
+                found[name] = store.condemned[name]
+        if len(found) == len(names) or store.flaws.hurried:
+            return frozenset[str]().union(*found.values()), packs
+
+
+ORIGIN: Refs = (("a", "o.0"), ("b", "o.0"), ("e", "o.0"))
+"A set of another repository, of which this one is a copy."
+
+
+def syncer(store: Store, me: str, name: str = "s0") -> Agent:
+    """Copy a set, its packs under their own names where nobody may delete those."""
+    made = 0
+    for attempt in range(4):
+        session = f"{me}{attempt}"
+        yield
+        seen = frozenset(store.condemned)
+        yield
+        store.sessions[session] = seen
+        yield
+        packs = frozenset(store.packs)
+        bad = frozenset[str]().union(*store.condemned.values()) if not store.flaws.careless else frozenset()
+        yield
+        if store.flaws.backwards:
+            bad = frozenset[str]().union(*store.condemned.values())
+        else:
+            packs = frozenset(store.packs)
+        yield
+        pruning = any(is_prune(one) and one not in store.sets for one in store.sessions)
+        if name in store.sets and not made:
+            break
+        known = frozenset(block for block, _ in ORIGIN)
+        if "o.0" not in packs - bad:
+            renamed = (pruning or "o.0" in bad) and not store.flaws.keeping
+            pack = f"{session}.0" if renamed else "o.0"
+            yield
+            store.packs[pack] = known
+            yield
+            store.index |= {(block, pack) for block in known}
+        yield
+        if session not in store.sets:
+            yield
+            store.sets[name] = ORIGIN
+            made += 1
+            yield
+            if session not in store.sets:
+                break  # Whoever fences it from now on, marks after the set is there.
+    yield
+    store.sessions.pop(session, None)
+
+
+def is_prune(session: str) -> bool:
+    """Whether a session says that it is a prune's."""
+    return session[0] in "pz"
+
+
+def merger(store: Store) -> Agent:
+    """Merge the index: of the places of a block that are there one stays."""
+    yield
+    index = store.index
+    yield
+    packs = frozenset(store.packs)
+    kept = frozenset(dict(sorted(pair for pair in index if pair[1] in packs)).items())
+    yield
+    store.index |= kept
+    yield
+    store.index -= index - kept
+
+
+def tardy(store: Store) -> Agent:
+    """The storage carries out deletions that it was asked for long ago."""
+    for _ in range(4):
+        yield
+        if store.late:
+            store.deletes += store.packs.pop(store.late.pop(), None) is not None
+
+
 @dataclass(slots=True)
 class _View:
     condemned: dict[str, frozenset[str]]
@@ -139,10 +248,11 @@ class _View:
 class _Prune:
     """One run of prune, as `imager/repository/prune.py` does it."""
 
-    def __init__(self, store: Store, me: str, lazy: bool) -> None:
+    def __init__(self, store: Store, me: str, lazy: bool, late: bool) -> None:
         self.store = store
         self.me = me
         self.lazy = lazy
+        self.late = late
         self.made = 0
         self.own: set[str] = set()
         self.copied: set[tuple[str, str]] = set()
@@ -195,6 +305,8 @@ class _Prune:
             known = sorted({hint} | {pack for one, pack in view.index if one == block})
             held = [pack for pack in [hint, *known] if block in view.packs.get(pack, ())]
             held += [pack for pack in sorted(bad) if block in view.packs.get(pack, ())]
+            if not held and not self.store.flaws.believing:
+                held = [pack for pack, blocks in sorted(view.packs.items()) if block in blocks]
             safe = [pack for pack in held if pack not in bad]
             if not held:
                 self.unknown = True  # Made, or moved, since the packs were listed: look again.
@@ -278,15 +390,21 @@ class _Prune:
                     yield
                     store.condemned.pop(name, None)
                 yield
+                if self.late:
+                    store.late.append(pack)  # The call had no answer: this prune ends here.
+                    return
                 store.deletes += store.packs.pop(pack, None) is not None
             if not left:
                 yield
                 store.condemned.pop(name, None)
 
 
-def pruner(store: Store, me: str, *, lazy: bool = False) -> Agent:
-    """One run of prune. `lazy`: it only drops packs in which nothing lives."""
-    return _Prune(store, me, lazy).run()
+def pruner(store: Store, me: str, *, lazy: bool = False, late: bool = False) -> Agent:
+    """One run of prune. `lazy`: it only drops packs in which nothing lives.
+
+    `late`: the answer to its first deletion is lost, and the storage carries it out much later.
+    """
+    return _Prune(store, me, lazy, late).run()
 
 
 Make = Callable[[Store], Agent]

@@ -17,7 +17,11 @@ from tests.model.protocol import Flaws, Store
 
 PREEMPTIONS = int(os.environ.get("IMAGER_MODEL_PREEMPTIONS", "2"))
 SEEDS = int(os.environ.get("IMAGER_MODEL_SEEDS", "300"))
-SMALL = SCENARIOS[:-2]
+LARGE = (
+    "two prunes and a writer", "a sync, two prunes and forget", "late deletions and everybody", "everybody",
+)  # fmt: skip
+"So many schedules that only random ones are tried."
+SMALL = tuple(one for one in SCENARIOS if one.name not in LARGE)
 
 
 def first_harm(scenarios: tuple[Scenario, ...], flaws: Flaws, preemptions: int) -> Found | None:
@@ -36,9 +40,18 @@ def test_no_random_schedule_does_harm(scenario: Scenario) -> None:
     assert not [found for seed in range(SEEDS) if (found := wander(scenario, Flaws(), seed)) is not None]
 
 
+SHOWN_BY = {
+    "believing": "a merge of the index and a prune", "keeping": "a sync and a prune",
+    "careless": "a sync and a prune", "backwards": "a sync and a prune",
+    "hurried": "a writer that lists all at once and a prune", "forgetful": "two prunes that are fenced",
+}  # fmt: skip
+"Where to look first for the harm that a flaw does."
+
+
 @pytest.mark.parametrize("flaw", [field.name for field in dataclasses.fields(Flaws)])
 def test_a_broken_rule_is_found(flaw: str) -> None:
-    found = first_harm(SMALL, Flaws(**{flaw: True}), 2)
+    scenarios = sorted(SMALL, key=lambda one: one.name != SHOWN_BY.get(flaw))
+    found = first_harm(tuple(scenarios), Flaws(**{flaw: True}), 2)
     assert found is not None and "lost" in found.harm, f"nobody would notice: {flaw}"
 
 

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from imager.repository import session
+from imager.events import Silent
+from imager.repository import forgetting, session
+from imager.repository.prune import Prune, PruneOptions
+from imager.repository.session import Session
 from imager.storage.base import Storage
 from imager.storage.cached import Cached
 from imager.storage.location import open_storage
@@ -113,3 +116,34 @@ def test_the_cache_keeps_to_its_room(far: Far, s3: Store, tmp_path: Path) -> Non
         storage.create(f"sets/{number:032x}", os.urandom(10_000))
     kept = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*") if path.is_file())
     assert 50_000 < kept <= 100_000
+
+
+def test_an_incremental_after_a_prune(far: Far, image: Path, counted, s3: Store) -> None:
+    """Condemnations that wait for somebody, an index that a prune wrote, pages that it moved."""
+    kept = image.read_bytes()
+    ids = []
+    for number in range(3):
+        image.write_bytes(kept[: (number + 1) << 19] + os.urandom(1 << 19) + kept[(number + 2) << 19 :])
+        ids.append(far.backup(image, counted()[1]).set)
+    with far.open() as repository:
+        session = Session.begin(repository)  # It knows of no condemnation, and has no end.
+        forgetting.execute(repository, forgetting.plan_sets(repository, ids[:2], Silent()), Silent())
+        for _ in range(2):
+            with Prune(repository, PruneOptions(max_unused="0%"), Silent()) as work:
+                done = work.execute(work.plan())
+        assert done.condemned and done.waiting
+    calls = []
+    for _ in range(3):
+        recording, storage = counted()
+        s3.door.forget()
+        assert far.backup(image, storage).images[0].blocks_changed == 0
+        calls.append(recording.total)
+        assert sum(s3.door.counts.values()) <= recording.total, s3.door.requests
+    # The first one reads two condemnations and the moved page, and writes that page's new places down.
+    assert calls[0] <= 19 and max(calls[1:]) <= 12, (calls, recording.names)
+    session.abandon()
+    far.gives("d", image)
+    with far.open() as repository, Prune(repository, PruneOptions(max_unused="0%"), Silent()) as work:
+        assert not work.execute(work.plan()).condemned
+    assert far.backup(image, counted()[1]).images[0].blocks_changed == 0
+    far.is_whole()

@@ -4,7 +4,8 @@ Each command is a forked process. Its storage asks before every call and tells w
 that the director knows what everybody is about to do, and lets one of them go on: calls of
 different processes interleave as the seed says and not as the machine's load has it. A process
 is killed (SIGKILL) before, within or after a call; one that is seldom chosen sleeps for what is
-days to the others. (Threads within a process may still order its calls otherwise the next time.)
+days to the others. What a process draws by lot (ids) the seed decides too; threads within a process, and
+the nonces of the native core, may still differ the next time.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import select
 import signal
 import socket
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +30,8 @@ from imager.storage.base import Staged, Storage
 # Once here, and not in each of hundreds of processes.
 for _module in (
     *(f"cli.verbs.{verb}" for verb in VERBS), "engine.backup", "engine.restore", "engine.verify",
-    "repository.check", "repository.forgetting", "repository.keyless", "repository.prune",
+    "repository.check", "repository.forgetting", "repository.keyless", "repository.prune", "repository.sync",
+    "storage.cached", "storage.object_store", "storage.retry", "storage.ssh",
 ):  # fmt: skip
     importlib.import_module(f"imager.{_module}")
 
@@ -37,6 +40,8 @@ _CALLS = (
 )  # fmt: skip
 _PATIENCE = 5.0
 "Seconds that the director waits for a process that computes."
+_ENDLESS = 180.0
+"Seconds after which a call that has no end is a failure of the test."
 
 
 class _Channel:
@@ -46,15 +51,15 @@ class _Channel:
         self._end = end
         self._lock = threading.Lock()
 
-    def step(self, call: Callable[[], Any]) -> Any:
+    def step(self, what: str, name: str, call: Callable[[], Any]) -> Any:
         with self._lock:
-            self._end.sendall(b"c")
+            self._end.send(f"c{what} {name}".encode())
             if not self._end.recv(1):
                 os._exit(96)  # The director is gone.
             try:
                 return call()
             finally:
-                self._end.sendall(b"d")
+                self._end.send(b"d")
 
 
 class _SteppingStaged:
@@ -67,7 +72,7 @@ class _SteppingStaged:
         return self._inner.fd
 
     def publish(self, name: str) -> None:
-        self._channel.step(lambda: self._inner.publish(name))
+        self._channel.step("publish", name, lambda: self._inner.publish(name))
 
     def discard(self) -> None:
         self._inner.discard()
@@ -86,13 +91,29 @@ class SteppingStorage:
             return value
 
         def call(*arguments: Any, **more: Any) -> Any:
+            what = str(arguments[0]) if arguments else ""
             if name == "stage":
-                return _SteppingStaged(self._channel.step(value), self._channel)
+                return _SteppingStaged(self._channel.step(name, what, value), self._channel)
             if name == "list":
-                return self._channel.step(lambda: list(value(*arguments, **more)))
-            return self._channel.step(lambda: value(*arguments, **more))
+                return self._channel.step(name, what, lambda: list(value(*arguments, **more)))
+            return self._channel.step(name, what, lambda: value(*arguments, **more))
 
         return call
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """When a process is killed: at the `count`th of its calls, or of those of a kind to names with a prefix."""
+
+    count: int
+    how: str
+    "before, within or after the call"
+    call: str = ""
+    prefix: str = ""
+
+    def fits(self, pending: str) -> bool:
+        """Whether a call counts; it is told as `create sets/...`."""
+        return not self.call or pending.startswith(f"{self.call} {self.prefix}")
 
 
 @dataclass(slots=True)
@@ -105,14 +126,19 @@ class Actor:
     end: socket.socket
     out: Path
     weight: float
-    kill_at: int | None
-    "It is killed at this call."
-    how: str
-    "before, within or after"
+    kill: Kill | None
     calls: int = 0
-    pending: bool = False
+    fitting: int = 0
+    "Calls that counted for the kill."
+    pending: str = ""
+    "The call that it wants to make."
+    last: str = ""
     code: int | None = None
     then: Callable[[Actor], None] = field(default=lambda actor: None)
+
+    @property
+    def verb(self) -> str:
+        return next(word for word in self.arguments if word in VERBS)
 
     @property
     def killed(self) -> bool:
@@ -125,31 +151,33 @@ class Director:
     def __init__(self, chance: random.Random, folder: Path) -> None:
         self._chance = chance
         self._folder = folder
+        self._lot = chance.random()
         self.actors: list[Actor] = []
         self._number = 0
         self.log: list[str] = []
+        self.kills: Counter[str] = Counter()
+        "Kills by the verb, the call and the part of the repository: `prune delete packs/`."
 
     def start(
         self,
         arguments: list[str],
         *,
         then: Callable[[Actor], None],
-        kill_at: int | None = None,
-        how: str = "before",
+        kill: Kill | None = None,
         weight: float = 1.0,
     ) -> Actor:
         """Run a command; `then` is called when it has ended."""
         self._number += 1
-        mine, its = socket.socketpair()
+        mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         out = self._folder / f"out{self._number}"
         pid = os.fork()
         if not pid:
             mine.close()
             for other in self.actors:
                 other.end.close()
-            _run(arguments, its, out)
+            _run(arguments, its, out, random.Random(f"{self._lot}/{self._number}"))
         its.close()
-        actor = Actor(self._number, arguments, pid, mine, out, weight, kill_at, how, then=then)
+        actor = Actor(self._number, arguments, pid, mine, out, weight, kill, then=then)
         self.actors.append(actor)
         self.log.append(f"{actor.number}: imager {' '.join(arguments)}")
         return actor
@@ -162,13 +190,16 @@ class Director:
             return bool(self.actors)
         actor = self._chance.choices(ready, [one.weight for one in ready])[0]
         actor.calls += 1
-        fatal = actor.kill_at == actor.calls
-        if fatal and actor.how == "before":
+        actor.last, actor.pending = actor.pending, ""
+        kill = actor.kill
+        actor.fitting += kill is not None and kill.fits(actor.last)
+        fatal = kill is not None and kill.fits(actor.last) and actor.fitting == kill.count
+        self.log.append(f"{actor.number}: {actor.last}")
+        if fatal and kill.how == "before":
             self._kill(actor)
             return True
-        actor.pending = False
-        actor.end.sendall(b"g")
-        if fatal and actor.how == "within":
+        actor.end.send(b"g")
+        if fatal and kill.how == "within":
             self._kill(actor)
             return True
         if self._receive(actor) and fatal:
@@ -178,7 +209,7 @@ class Director:
     def drain(self) -> None:
         """Let all end; nobody is killed any more."""
         for actor in self.actors:
-            actor.kill_at = None
+            actor.kill = None
         while self.turn():
             pass
 
@@ -194,19 +225,26 @@ class Director:
 
     def _receive(self, actor: Actor) -> bool:
         """What a process says next; False where it has ended."""
+        if not select.select([actor.end], [], [], _ENDLESS)[0]:
+            raise AssertionError(f"{actor.arguments}: a call has no end: {actor.last}")
         try:
-            word = actor.end.recv(1)
+            word = actor.end.recv(4096).decode()
         except ConnectionError:
-            word = b""
-        if word == b"c":
-            actor.pending = True
+            word = ""
+        if word.startswith("c"):
+            actor.pending = word[1:]
         if word:
             return True
         self._end(actor)
         return False
 
     def _kill(self, actor: Actor) -> None:
-        self.log.append(f"{actor.number}: killed {actor.how} call {actor.calls}")
+        self.log.append(
+            f"{actor.number}: killed {actor.kill and actor.kill.how} call {actor.calls}: {actor.last}"
+        )
+        if actor.kill is not None:
+            call, _, name = actor.last.partition(" ")
+            self.kills[f"{actor.verb} {call} {name.partition('/')[0]}"] += 1
         os.kill(actor.pid, signal.SIGKILL)
         self._end(actor)
 
@@ -224,12 +262,13 @@ class Director:
             self._kill(actor)
 
 
-def _run(arguments: list[str], end: socket.socket, out: Path) -> None:
+def _run(arguments: list[str], end: socket.socket, out: Path, chance: random.Random) -> None:
     """The child: the command as the console script runs it, on a storage that asks before each call."""
     try:
         import imager.storage.location as opening
 
         channel = _Channel(end)
+        os.urandom = chance.randbytes
         usual = opening.open_storage
         opening.open_storage = lambda *place, **how: SteppingStorage(usual(*place, **how), channel)  # type: ignore[assignment, arg-type, return-value]
         quiet = os.open(os.devnull, os.O_RDONLY)

@@ -114,6 +114,7 @@ def _print(shell: Shell, plan: PrunePlan, summary: PruneSummary | None) -> None:
         f"{summary.packs_written} written ({format_size(summary.bytes_written)})"
     )
     if summary.condemned:
-        shell.print(f"{summary.condemned} packs are condemned, and go once these have ended:")
+        left = count(summary.condemned, "pack", "is condemned, and goes", "are condemned, and go")
+        shell.print(f"{left} once these have ended:")
         for who in summary.waiting:
             shell.print(f"  {who}")

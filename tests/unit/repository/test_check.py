@@ -232,9 +232,15 @@ def test_unfinished_sessions_and_their_packs_are_no_damage(lab: Lab) -> None:
 def test_repair_sets_damage_aside_and_the_next_backup_heals(lab: Lab) -> None:
     ids = two_sets(lab)
     latest = lab.images[ids[1]]["sda"]
-    path = lab.paths("packs")[2]
-    flip(path, 3 * BLOCK)
-    flip(path, 9 * BLOCK)
+    for path in lab.paths("packs"):
+        good = path.read_bytes()
+        flip(path, 3 * BLOCK)
+        flip(path, 9 * BLOCK)
+        if restored(lab, ids[0]) == restored(lab, ids[1]) != []:
+            break  # The next backup, which is of the latest, can heal both.
+        path.write_bytes(good)
+    else:
+        raise AssertionError("no pack has blocks there that both sets have")
     for segment in lab.paths("index"):
         garbage(segment)
     before = {set_id: restored(lab, set_id) for set_id in ids}

@@ -6,10 +6,13 @@ import blake3
 import pytest
 
 from imager.events import Silent
-from imager.repository import index
+from imager.repository import index, merging, sessions
+from imager.repository.check import check
 from imager.repository.format import INDEX, KIND_DATA
+from imager.repository.repository import Repository
 from imager.repository.segments import segment_name
 from imager.repository.session import Session
+from imager.storage.rehearsal import Distant
 from tests.reference_writer import index_segment
 from tests.unit.repository.building import Lab, noise
 from tests.unit.repository.segment_making import digest, segment_of
@@ -85,14 +88,56 @@ def test_a_segment_is_what_the_page_says(lab: Lab, count: int) -> None:
     assert segment_of(lab.repository, places) == data and segment_name(data) == INDEX + name.hex()
 
 
-def test_a_damaged_segment_in_the_place_of_a_rebuilt_one_is_replaced(lab: Lab) -> None:
+def test_a_rebuilt_segment_has_a_name_that_no_sleeping_merge_is_about_to_delete(lab: Lab) -> None:
+    """Rebuilt, merged with another, rebuilt; then the merger wakes up and deletes what it had merged."""
     lab.backup(sda=noise(30))
     index.rebuild(lab.reopen(), Silent())
-    (path,) = lab.paths("index")
-    whole = path.read_bytes()
-    path.write_bytes(bytes(len(whole)))
-    index.rebuild(lab.reopen(), Silent())
-    assert path.read_bytes() == whole
+    lab.backup(sda=noise(40, seed=1))
+    asleep = [str(path.relative_to(lab.root)) for path in lab.paths("index")]
+    assert len(asleep) == 2
+    repository = lab.reopen()
+    known = index.load(repository)
+    assert merging.merge(repository, known, [bytes.fromhex(name[-64:]) for name in asleep]).written == 1
+    for _ in range(2):
+        (made,), dropped = index.rebuild(lab.reopen(), Silent())
+        assert len(dropped) == 1 and made not in (*asleep, *dropped)
+    for name in asleep:  # It deletes late.
+        (lab.root / name).unlink(missing_ok=True)
+    repository = lab.reopen()
+    known = index.load(repository)
+    for content in (noise(30), noise(40, seed=1)):
+        for at in range(0, len(content), 4096):
+            assert known.find(repository.vault.block_id(content[at : at + 4096])) is not None
+    assert check(lab.reopen(), Silent(), read_data="all").ok
+
+
+def test_a_prune_that_ends_while_a_far_writer_looks_around(lab: Lab) -> None:
+    """All names come in one listing; a condemnation in it that is gone when it is to be read says that
+    packs of the listing are gone, too."""
+
+    class Racing(Distant):
+        raced = 0
+
+        def list_names(self, prefix: str) -> list[str]:
+            names = super().list_names(prefix)
+            if not prefix:
+                for name in [one for one in names if one.startswith("condemned/")]:
+                    self.raced += 1
+                    for path in lab.paths("packs"):
+                        path.unlink()
+                    self.delete(name)
+            return names
+
+    lab.backup(sda=noise(30))
+    packs = [bytes.fromhex(path.name) for path in lab.paths("packs")]
+    sessions.condemn(lab.storage, lab.repository.config.repository, packs, [])
+    storage = Racing(lab.storage)
+    repository = Repository.open(storage, lab.credentials(), writing=True)
+    with Session.begin(repository) as session:
+        known = index.look_around(session)
+        assert storage.raced == 1 and not lab.paths("packs")
+        assert known.find(repository.vault.block_id(noise(30)[:4096])) is None
+    repository.close()
 
 
 def test_rebuilding_finds_all_blocks_again(lab: Lab) -> None:
@@ -103,7 +148,8 @@ def test_rebuilding_finds_all_blocks_again(lab: Lab) -> None:
     made, dropped = index.rebuild(repository, Silent())
     assert len(made) == 1 and len(dropped) == len(old) == 2
     assert [str(path.relative_to(lab.root)) for path in lab.paths("index")] == made
-    assert index.rebuild(lab.reopen(), Silent()) == (made, [])
+    made, dropped = index.rebuild(lab.reopen(), Silent())
+    assert len(made) == len(dropped) == 1
     repository = lab.reopen()
     known = index.load(repository)
     for content in (noise(30), noise(40, seed=1)):

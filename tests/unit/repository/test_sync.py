@@ -269,6 +269,89 @@ def test_blocks_that_a_prune_moved_are_found_through_the_index(lab: Lab, tmp_pat
     assert not (tmp_path / "copy" / old.relative_to(lab.root)).exists()
 
 
+def test_a_plan_that_is_made_anew_looks_at_the_index_anew(lab: Lab, tmp_path: Path) -> None:
+    """Prunes of the source move blocks on and on; what one plan found there is not where the next looks."""
+    from tests.unit.repository.test_prune import forget, prune
+
+    data = bytearray(noise(600))
+    ids = []
+    for number in range(4):
+        data[number * 40 * BLOCK : (number * 40 + 40) * BLOCK] = noise(40, seed=number + 1)
+        ids.append(lab.backup(sda=bytes(data)).id)
+    target = FolderStorage(str(tmp_path / "copy"))
+    with open_keyless(FolderStorage(str(lab.root))) as source:
+        for set_id in ids[:3]:
+            forget(lab, set_id)
+            _, done = prune(lab, max_unused="0%")
+            assert done.packs_rewritten
+            made = sync.plan(source, target, Wishes())
+            assert not made.refused and ids[3] in made.sets
+        assert sync.sync(source, target, Wishes(), Silent()).ok
+    other = as_lab(lab, tmp_path / "copy")
+    found = checking.check(other.repository, Silent(), read_data="all")
+    assert found.ok and found.sets == 1, found.problems
+    other.repository.close()
+
+
+def test_a_prune_of_the_copy_that_ends_while_a_sync_looks(lab: Lab, tmp_path: Path) -> None:
+    """It condemns before the session is announced, which so knows of it; and once the packs are listed,
+    it deletes them, and then the condemnation."""
+    ids = three(lab)
+    root = tmp_path / "copy"
+    copy(lab, root)
+    forget_everything(root)
+
+    class Racing(FolderStorage):
+        looks = 0
+
+        def list_names(self, prefix: str) -> list[str]:
+            self.looks += prefix == "condemned/"
+            if prefix == "condemned/" and self.looks == 2:  # The first one was for the plan.
+                doomed = [[bytes.fromhex(name[-64:]) for name in super(Racing, self).list_names(kind)]
+                          for kind in ("packs/", "maps/")]  # fmt: skip
+                sessions.condemn(self, lab.repository.config.repository, *doomed)
+            names = super().list_names(prefix)
+            if prefix == "maps/":
+                for name in super().list_names("condemned/"):
+                    for pack in [*super().list_names("packs/"), *super().list_names("maps/")]:
+                        self.delete(pack)
+                    self.delete(name)
+            return names
+
+    with open_keyless(FolderStorage(str(lab.root))) as source:
+        done = sync.sync(source, Racing(str(root)), Wishes(), Silent())
+    assert done.ok and list(done.sets) == ids and not list((root / "condemned").iterdir())
+    other = as_lab(lab, root)
+    found = checking.check(other.repository, Silent(), read_data="all")
+    assert found.ok and found.sets == len(ids), found.problems
+    other.repository.close()
+
+
+def test_another_sync_makes_the_copy_meanwhile(lab: Lab, tmp_path: Path) -> None:
+    """Between plan and execution, or while the first object is made: it goes on with that copy."""
+    ids = three(lab)
+    root = tmp_path / "copy"
+    target = FolderStorage(str(root))
+    with open_keyless(FolderStorage(str(lab.root))) as source:
+        made = sync.plan(source, target, Wishes())
+        assert made.creates
+        assert sync.sync(source, target, Wishes(latest=1), Silent()).ok
+        done = sync.execute(source, target, Wishes(), made, Silent())
+    assert done.ok and sorted(ids) == sorted(path.name for path in (root / "sets").iterdir())
+    is_whole(lab, root, ids)
+
+
+def test_a_set_that_is_forgotten_as_soon_as_it_is_listed(lab: Lab, tmp_path: Path) -> None:
+    class Racing(FolderStorage):
+        def list_names(self, prefix: str) -> list[str]:
+            return super().list_names(prefix) + (["sets/" + "ab" * 16] if prefix == "sets/" else [])
+
+    ids = three(lab)
+    with open_keyless(Racing(str(lab.root))) as source:
+        done = sync.sync(source, FolderStorage(str(tmp_path / "copy")), Wishes(), Silent())
+    assert done.ok and list(done.sets) == ids
+
+
 def test_a_pack_that_vanishes_is_planned_anew(lab: Lab, tmp_path: Path) -> None:
     """The source is pruned while it is copied: the block comes from where it is now."""
     data = noise(60)
