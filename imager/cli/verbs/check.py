@@ -78,7 +78,9 @@ def command(
             from imager.engine import heal
 
             credentials = shell.credentials_of(heal_keyfile, heal_passphrase_file)
-            summary = heal.repaired(repository, summary, sources, credentials, reporter)
+            summary = heal.repaired(
+                repository, summary, sources, credentials, reporter, connect=shell.storage
+            )
     if shell.json:
         shell.message("summary", summary)
     else:
