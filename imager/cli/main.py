@@ -41,6 +41,7 @@ VERBS = (
     "forget",
     "pin",
     "prune",
+    "retain",
     "key",
     "lab",
     "completion",

@@ -113,7 +113,13 @@ def _print(shell: Shell, plan: PrunePlan, summary: PruneSummary | None) -> None:
         f"{count(summary.packs_deleted, 'pack')} deleted ({format_size(summary.bytes_deleted)}), "
         f"{summary.packs_written} written ({format_size(summary.bytes_written)})"
     )
-    if summary.condemned:
-        shell.print(f"{summary.condemned} packs are condemned, and go once these have ended:")
+    if summary.retained:
+        shell.print(
+            f"{count(summary.retained, 'pack')} stay condemned: the store keeps them locked for a while"
+        )
+    if summary.condemned > summary.retained:
+        shell.print(
+            f"{summary.condemned - summary.retained} packs are condemned, and go once these have ended:"
+        )
         for who in summary.waiting:
             shell.print(f"  {who}")
