@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from msgspec import Struct
 
-from imager.errors import IntegrityError, StorageError, UsageError
+from imager.errors import IntegrityError, NoRepository, StorageError, UsageError
 from imager.events import Reporter
 from imager.repository import tombstones
 from imager.repository.format import (
@@ -31,11 +31,13 @@ from imager.repository.format import (
     SLOTS,
     is_id,
 )
+from imager.repository.keyless import open_keyless
 from imager.repository.manifest import is_abort_mark
 from imager.repository.marking import Marker, look
 from imager.repository.prune_plan import describe_damage
 from imager.repository.repository import Repository
 from imager.storage import spool
+from imager.storage.base import Storage
 from imager.storage.object_versions import Lock, Mode, ObjectVersions, Version, versions_of
 from imager.units import format_size, format_time
 
@@ -121,7 +123,7 @@ class _History(Struct, frozen=True):
 
 
 def plan(
-    repository: Repository,
+    storage: Storage,
     reporter: Reporter,
     *,
     span: int | None = None,
@@ -131,13 +133,14 @@ def plan(
     """What has to be locked so that all that image sets need is locked `until` then, or for `span` from now.
 
     Both in microseconds. `mode`: of objects that have no lock yet; None: as the bucket does it. A lock that
-    is there keeps its mode. Raises `UsageError`, `StorageError`, `IntegrityError`.
+    is there keeps its mode. A repository that can't be read any more is a suspicion. Raises
+    `NoRepository` where there never was one, `UsageError`, `StorageError`.
     """
-    versions = versions_of(repository.storage)
+    versions = versions_of(storage)
     locking = versions.locking()
     if locking is None:
         raise StorageError(
-            f"the bucket of {repository.storage.url} has no object lock",
+            f"the bucket of {storage.url} has no object lock",
             hint="it is chosen when a bucket is made; imager sync copies the repository to such a one",
         )
     wanted = until if until is not None else locking.now + (span or 0)
@@ -146,18 +149,17 @@ def plan(
         raise UsageError(
             "that time is over: a lock ends in the future", hint="write --for 30d, or a later date"
         )
-    needed, suspicions = _needed(repository, reporter)
     reporter.phase("looking at versions", None)
     found = _histories(versions)
-    suspicions += _changed(repository, versions, found)
-    chosen = [*_chosen(found, None if suspicions else needed)]
     reporter.end()
+    needed, suspicions = _needed(storage, versions, found, reporter)
+    chosen = [*_chosen(found, None if suspicions else needed)]
     reporter.phase("looking at locks", None)
     locks = _locks(versions, chosen)
     reporter.end()
     fresh: Mode = mode or locking.mode or "GOVERNANCE"
     return RetainPlan(
-        location=repository.storage.url,
+        location=storage.url,
         until=wanted,
         objects=len(chosen),
         bytes=sum(one.size for one in chosen),
@@ -172,10 +174,10 @@ def plan(
     )
 
 
-def execute(repository: Repository, plan: RetainPlan, reporter: Reporter) -> RetainSummary:
+def execute(storage: Storage, plan: RetainPlan, reporter: Reporter) -> RetainSummary:
     """Lock what the plan says. Can be interrupted and done again. Raises `StorageError`, `UsageError`."""
     begun = time.monotonic()
-    versions = versions_of(repository.storage)
+    versions = versions_of(storage)
     reporter.phase("locking", None)
     for at in range(0, len(plan.targets), _BATCH):
         batch = plan.targets[at : at + _BATCH]
@@ -195,7 +197,28 @@ def execute(repository: Repository, plan: RetainPlan, reporter: Reporter) -> Ret
 # --- what is needed -----------------------------------------------------------------------
 
 
-def _needed(repository: Repository, reporter: Reporter) -> tuple[frozenset[str], list[str]]:
+def _needed(
+    storage: Storage, versions: ObjectVersions, found: dict[str, _History], reporter: Reporter
+) -> tuple[frozenset[str], list[str]]:
+    """Names of the packs that image sets refer to, and what looks like an attack."""
+    overwritten = [
+        f"{name} was overwritten"
+        for name, history in found.items()
+        if name.startswith(_ONCE) and history.overwritten
+    ]
+    try:
+        with open_keyless(storage) as repository:
+            packs, troubles = _marked(repository, reporter)
+            return packs, [*troubles, *overwritten, *_deleted(repository, versions, found)]
+    except NoRepository:
+        if CONFIG not in found:
+            raise
+        return frozenset(), [f"{CONFIG} was deleted: nothing can be read", *overwritten]
+    except IntegrityError as error:
+        return frozenset(), [f"the repository cannot be read: {error.message}", *overwritten]
+
+
+def _marked(repository: Repository, reporter: Reporter) -> tuple[frozenset[str], list[str]]:
     """Names of the packs that image sets refer to, and what is damaged or missing."""
     reporter.phase("marking what lives", None)
     view = look(repository)
@@ -205,13 +228,11 @@ def _needed(repository: Repository, reporter: Reporter) -> tuple[frozenset[str],
     finally:
         marker.close()
     reporter.end()
-    packs = {
-        name.hex() for number in marked.marks.packs() if (name := repository.names.name(number)) is not None
-    }
+    names = (repository.names.name(number) for number in marked.marks.packs())
     troubles = describe_damage(view.damaged, marked)
     if marked.marks.lost:
         troubles.append(f"{marked.marks.lost} references to blocks lead nowhere: their packs are missing")
-    return frozenset(packs), troubles
+    return frozenset(name.hex() for name in names if name is not None), troubles
 
 
 def _histories(versions: ObjectVersions) -> dict[str, _History]:
@@ -228,21 +249,15 @@ def _histories(versions: ObjectVersions) -> dict[str, _History]:
     return found
 
 
-def _changed(repository: Repository, versions: ObjectVersions, found: dict[str, _History]) -> list[str]:
-    """What was done to objects that are made once: nobody does that but by hand, or to do harm."""
+def _deleted(repository: Repository, versions: ObjectVersions, found: dict[str, _History]) -> list[str]:
+    """What is gone that nobody takes away but by hand, or to do harm."""
     lines: list[str] = []
     for name, history in found.items():
-        if not name.startswith(_ONCE) or history.first is None:
+        if history.first is None or not history.newest.deleted:
             continue
-        if history.overwritten:
-            lines.append(f"{name} was overwritten")
-        elif history.newest.deleted and name.startswith((EPOCHS, REVOKED, FORGOTTEN)):
+        if name.startswith((EPOCHS, REVOKED, FORGOTTEN)):
             lines.append(f"{name} was deleted")
-        elif (
-            history.newest.deleted
-            and name.startswith(SETS)
-            and _vanished(repository, versions, history.first)
-        ):
+        elif name.startswith(SETS) and _vanished(repository, versions, history.first):
             lines.append(f"image set {name.removeprefix(SETS)} was deleted, and never forgotten")
     return lines
 

@@ -15,7 +15,7 @@ import pytest
 
 from imager.cli.main import run
 from imager.engine import heal
-from imager.errors import EXIT_INTEGRITY, EXIT_USAGE, StorageError, UsageError
+from imager.errors import EXIT_INTEGRITY, EXIT_USAGE, NoRepository, StorageError, UsageError
 from imager.events import Silent
 from imager.repository import forgetting, retain, sessions, sync
 from imager.repository.check import check
@@ -78,8 +78,8 @@ def locks(far: Far) -> dict[str, Lock | None]:
 
 
 def retained(far: Far, **wish: int) -> retain.RetainSummary:
-    with open_keyless(far.connect()) as repository:
-        return retain.execute(repository, retain.plan(repository, Silent(), **wish), Silent())
+    storage = far.connect()
+    return retain.execute(storage, retain.plan(storage, Silent(), **wish), Silent())
 
 
 def pruned(far: Far) -> PruneSummary:
@@ -161,11 +161,11 @@ def test_what_sets_need_is_locked_for_longer_and_the_rest_is_not(locked: Far, im
     locked.backup(noise(image))
     forget(locked, dead)
     before = locks(locked)
-    with open_keyless(locked.connect()) as repository:
-        plan = retain.plan(repository, Silent(), span=30 * DAY)
-        assert (plan.unlocked, plan.suspicions) == (0, ()) and plan.soonest is not None
-        assert plan.soonest - time.time() * 1e6 <= 3 * DAY
-        done = retain.execute(repository, plan, Silent())
+    storage = locked.connect()
+    plan = retain.plan(storage, Silent(), span=30 * DAY)
+    assert (plan.unlocked, plan.suspicions) == (0, ()) and plan.soonest is not None
+    assert plan.soonest - time.time() * 1e6 <= 3 * DAY
+    done = retain.execute(storage, plan, Silent())
     assert done.ok and done.extended == done.objects == len(plan.targets)
     after = locks(locked)
     assert before.keys() == after.keys()
@@ -188,8 +188,8 @@ def test_a_lock_is_never_made_shorter(locked: Far, image: Path) -> None:
     again = retained(locked, span=20 * DAY)
     assert (again.extended, again.objects) == (0, long.objects)
     assert {lock.until for lock in locks(locked).values() if lock} >= {long.until}
-    with open_keyless(locked.connect()) as repository, pytest.raises(UsageError, match="over"):
-        retain.plan(repository, Silent(), until=int(time.time() * 1e6) - DAY)
+    with pytest.raises(UsageError, match="over"):
+        retain.plan(locked.connect(), Silent(), until=int(time.time() * 1e6) - DAY)
 
 
 def test_a_lock_that_is_there_keeps_its_mode(locked: Far, image: Path) -> None:
@@ -306,6 +306,28 @@ def test_locks_do_not_run_out_behind_a_thief(locked: Far, image: Path) -> None:
         assert one.deleted or (lock is not None and lock.until == done.until)
 
 
+@pytest.mark.parametrize("how", ["deleted", "overwritten"])
+def test_a_repository_that_cannot_be_read_stays_locked(locked: Far, image: Path, how: str) -> None:
+    locked.backup(image)
+    storage = open_storage(locked.url)
+    for name in storage.list_names("") if how == "deleted" else ["config"]:
+        storage.delete(name)
+    if how == "overwritten":
+        storage.create("config", b"{}")
+    done = retained(locked, span=30 * DAY)
+    assert any("config" in line for line in done.suspicions)
+    found = versions(locked)
+    for one in all_versions(locked):
+        if not one.deleted and one.size > 2 and not one.name.startswith(NEVER_LOCKED_BY_RETAIN):
+            lock = found.lock_of(one)
+            assert lock is not None and lock.until == done.until, one.name
+
+
+def test_a_place_without_a_repository(locked: Far) -> None:
+    with pytest.raises(NoRepository):
+        retain.plan(open_storage(locked.url + "/nothing"), Silent(), span=DAY)
+
+
 def test_what_was_forgotten_is_no_suspicion_and_a_forged_tombstone_is_one(locked: Far, image: Path) -> None:
     locked.backup(image)
     locked.backup(changed(image))
@@ -379,8 +401,8 @@ def test_doctor_tells_of_locks(locked: Far, monkeypatch: pytest.MonkeyPatch) -> 
 def test_doctor_tells_where_there_are_none(far: Far) -> None:
     found = lock_finding(far.url)
     assert found.state == "note" and found.detail.startswith("none")
-    with open_keyless(far.connect()) as repository, pytest.raises(StorageError, match="has no object lock"):
-        retain.plan(repository, Silent(), span=DAY)
+    with pytest.raises(StorageError, match="has no object lock"):
+        retain.plan(far.connect(), Silent(), span=DAY)
 
 
 def test_the_command(locked: Far, image: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -397,7 +419,7 @@ def test_the_command(locked: Far, image: Path, capsys: pytest.CaptureFixture[str
     assert "NOTICED: image set" in shown and f"{locked.url}?as-of=TIME" in shown
     for wrong in ([], ["--for", "1d", "--until", "2100-01-01"], ["--at-upload", "1h"], ["--until", "soon"]):
         assert run([*place, "retain", *wrong]) == EXIT_USAGE
-    assert run(["-q", "-r", str(image.parent / "none"), "retain", "--for", "1d"]) == 10
+    assert run(["-q", "-r", str(image.parent / "none"), "retain", "--for", "1d"]) == EXIT_USAGE
 
 
 def test_locks_are_for_s3(tmp_path: Path) -> None:

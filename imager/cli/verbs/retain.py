@@ -60,17 +60,16 @@ def command(
 
     wanted = None if mode is None else MODES[mode == "compliance"]
     moment = parse_time(until) if until is not None else None
-    opening = shell.open_keyless()
+    storage = shell.storage(shell.repository_name())
     if at_upload is not None and not dry_run:
-        versions = versions_of(shell.storage(shell.repository_name()))
-        versions.lock_at_upload(wanted or MODES[0], at_upload // _DAY)
+        versions_of(storage).lock_at_upload(wanted or MODES[0], at_upload // _DAY)
         if not shell.json:
             shell.print(f"from now on the bucket locks each new object for {at_upload // _DAY} days")
     if span is None and moment is None:
         return EXIT_DONE
-    with shell.reporter() as reporter, opening() as repository:
-        plan = retain.plan(repository, reporter, span=span, until=moment, mode=wanted)
-        summary = None if dry_run else retain.execute(repository, plan, reporter)
+    with shell.reporter() as reporter:
+        plan = retain.plan(storage, reporter, span=span, until=moment, mode=wanted)
+        summary = None if dry_run else retain.execute(storage, plan, reporter)
     _print(shell, plan, summary)
     return EXIT_INTEGRITY if plan.suspicions else EXIT_DONE
 
