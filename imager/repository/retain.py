@@ -201,21 +201,29 @@ def _needed(
     storage: Storage, versions: ObjectVersions, found: dict[str, _History], reporter: Reporter
 ) -> tuple[frozenset[str], list[str]]:
     """Names of the packs that image sets refer to, and what looks like an attack."""
+    since = _begun(found)
     overwritten = [
         f"{name} was overwritten"
         for name, history in found.items()
-        if name.startswith(_ONCE) and history.overwritten
+        if history.overwritten
+        and history.data is not None
+        and history.data.modified > since
+        and name.startswith(_ONCE)
     ]
     try:
         with open_keyless(storage) as repository:
             packs, troubles = _marked(repository, reporter)
             return packs, [*troubles, *overwritten, *_deleted(repository, versions, found)]
-    except NoRepository:
+    except (NoRepository, IntegrityError) as error:
         if CONFIG not in found:
             raise
-        return frozenset(), [f"{CONFIG} was deleted: nothing can be read", *overwritten]
-    except IntegrityError as error:
-        return frozenset(), [f"the repository cannot be read: {error.message}", *overwritten]
+        return frozenset(), [f"it cannot be read: {error.message}", *overwritten]
+
+
+def _begun(found: dict[str, _History]) -> int:
+    """When the repository came to be: an init that was interrupted before may have left things."""
+    config = found.get(CONFIG)
+    return config.first.modified if config is not None and config.first is not None else 0
 
 
 def _marked(repository: Repository, reporter: Reporter) -> tuple[frozenset[str], list[str]]:
@@ -252,8 +260,14 @@ def _histories(versions: ObjectVersions) -> dict[str, _History]:
 def _deleted(repository: Repository, versions: ObjectVersions, found: dict[str, _History]) -> list[str]:
     """What is gone that nobody takes away but by hand, or to do harm."""
     lines: list[str] = []
+    slots = [
+        history for name, history in found.items() if name.startswith(SLOTS) and is_id(name[len(SLOTS) :])
+    ]
+    if slots and all(history.newest.deleted for history in slots):
+        lines.append("every key slot was deleted: the last one never is")
+    since = _begun(found)
     for name, history in found.items():
-        if history.first is None or not history.newest.deleted:
+        if history.first is None or not history.newest.deleted or history.newest.modified <= since:
             continue
         if name.startswith((EPOCHS, REVOKED, FORGOTTEN)):
             lines.append(f"{name} was deleted")
@@ -284,8 +298,9 @@ def _chosen(found: dict[str, _History], needed: frozenset[str] | None) -> Iterat
             if name.startswith((PACKS, MAPS)) and name[-64:] not in needed:
                 continue
         # A true object that is back under its name is the one that the bucket shows.
-        once = name.startswith(_ONCE) and history.overwritten
-        yield history.first if once else history.data
+        yield history.data
+        if history.overwritten and name.startswith(_ONCE):
+            yield history.first
 
 
 def _locks(versions: ObjectVersions, chosen: list[Version]) -> list[Lock | None]:

@@ -224,13 +224,17 @@ def test_what_a_thief_deleted_is_read_from_the_past_and_copied(
     locked.gives("d", image)
 
 
-def test_what_a_thief_overwrote_is_healed_from_the_past(locked: Far, image: Path) -> None:
+def test_what_a_thief_overwrote_is_healed_from_the_past(
+    locked: Far, image: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     locked.backup(image)
     before = past(locked)
     storage = open_storage(locked.url)
     for name in [*storage.list_names("packs/"), *storage.list_names("sets/")]:
         storage.delete(name)
         storage.create(name, b"pay me")
+    assert run(["-q", "-r", locked.url, "check", "--keyless"]) == EXIT_INTEGRITY
+    assert f"--repair --heal-from '{locked.url}?as-of=TIME'" in capsys.readouterr().out
     with locked.open() as repository:
         found = check(repository, Silent(), repair=True)
         assert not found.ok
@@ -315,12 +319,42 @@ def test_a_repository_that_cannot_be_read_stays_locked(locked: Far, image: Path,
     if how == "overwritten":
         storage.create("config", b"{}")
     done = retained(locked, span=30 * DAY)
-    assert any("config" in line for line in done.suspicions)
+    assert any(line.startswith("it cannot be read: ") for line in done.suspicions)
     found = versions(locked)
     for one in all_versions(locked):
-        if not one.deleted and one.size > 2 and not one.name.startswith(NEVER_LOCKED_BY_RETAIN):
+        if not one.deleted and not one.name.startswith(NEVER_LOCKED_BY_RETAIN):
             lock = found.lock_of(one)
             assert lock is not None and lock.until == done.until, one.name
+
+
+def test_without_a_key_slot_nobody_could_read_it(locked: Far, image: Path) -> None:
+    locked.backup(image)
+    storage = open_storage(locked.url)
+    [slot] = storage.list_names("slots/")
+    storage.delete(slot)
+    done = retained(locked, span=30 * DAY)
+    assert any("every key slot" in line for line in done.suspicions)
+    lock = versions(locked).lock_of(next(one for one in all_versions(locked, slot) if not one.deleted))
+    assert lock is not None and lock.until == done.until
+
+
+def test_an_init_that_was_interrupted_is_no_suspicion(
+    locking_s3: Store,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    image: Path,
+) -> None:
+    monkeypatch.setenv("IMAGER_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setattr(probe, "refuse_unfit", lambda _: None)
+    far = Far(locking_s3.url, tmp_path)
+    storage = open_storage(far.url)
+    storage.create("epochs/00000001", b"of another attempt")
+    storage.create("slots/" + "ab" * 16, b"the same")
+    far.init(block_size=4096)
+    far.backup(image)
+    assert len([one for one in all_versions(far, "epochs/00000001") if not one.deleted]) == 2
+    done = retained(far, span=30 * DAY)
+    assert done.ok, done.suspicions
 
 
 def test_a_place_without_a_repository(locked: Far) -> None:

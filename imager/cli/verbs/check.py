@@ -100,6 +100,10 @@ def _print(shell: Shell, summary: Summary) -> None:
         shell.print(_ages(summary))
     read = f"{summary.packs_read} of {count(summary.packs, 'pack')} read ({format_size(summary.bytes_read)})"
     what = "structure and digests are whole" if summary.keyless else "the repository is whole"
+    if not summary.ok and (place := shell.repository_name()).startswith("s3://"):
+        shell.print(
+            f"where the bucket keeps versions: --repair --heal-from '{place}?as-of=TIME' takes what was there"
+        )
     verdict = what if summary.ok else "the repository is DAMAGED"
     shell.print(f"{verdict}: {count(summary.sets, 'set')}, {count(summary.pages, 'map page')}, {read}")
 
