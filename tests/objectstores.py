@@ -319,14 +319,21 @@ def other_s3(moto_door: Door, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store
 
 @pytest.fixture(scope="session")
 def locking_door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
-    """A server whose bucket keeps versions and can lock them."""
+    """A server whose bucket keeps versions, and locks each for three days from its upload on."""
+    from imager.storage.object_versions import ObjectVersions
+
     with moto(tmp_path_factory.mktemp("locking"), locking=True) as server, open_door(server) as door:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment(door.endpoint).items():
+                patch.setenv(name, value)
+            # This server wants the bucket to be empty for that, as S3 does not.
+            ObjectVersions.connect(f"s3://{BUCKET}").lock_at_upload("GOVERNANCE", 3)
         yield door
 
 
 @pytest.fixture
 def locking_s3(locking_door: Door, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    """A place in a bucket that keeps versions and can lock them; nothing is locked at upload yet."""
+    """A place in a bucket that keeps versions and locks them."""
     with place(locking_door, None, monkeypatch) as store:
         yield store
 

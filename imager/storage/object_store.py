@@ -252,9 +252,17 @@ class ObjectStorage:
         """Names below the prefix that no repository has. Raises `StorageError`."""
         import obstore
 
+        def holds(folder: str) -> bool:
+            # Where versions are kept, some stores go on to show a folder of which all is deleted.
+            return self._call(
+                f"listing {folder}",
+                lambda store: any(len(chunk) for chunk in obstore.list(store, folder, chunk_size=1)),
+            )
+
         found = self._call("listing everything", lambda store: obstore.list_with_delimiter(store))
-        names = [*found["common_prefixes"], *(one["path"] for one in found["objects"])]
-        return sorted(name for name in names if name not in (*TOP, _LOCK))
+        names = [name for name in found["common_prefixes"] if name not in TOP and holds(name)]
+        names += [one["path"] for one in found["objects"] if one["path"] not in (*TOP, _LOCK)]
+        return sorted(names)
 
     def sweep(self) -> list[str]:
         """There is no staging area: nothing is left by dead writers."""

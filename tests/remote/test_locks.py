@@ -40,11 +40,8 @@ def locked(locking_s3: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("IMAGER_STATE_DIR", str(tmp_path / "state"))
     monkeypatch.setenv("IMAGER_CACHE_DIR", str(tmp_path / "cache"))
     made = Far(locking_s3.url, tmp_path)
-    if versions_of(open_storage(made.url)).locking().mode is None:  # type: ignore[union-attr]
-        versions_of(open_storage(made.url)).lock_at_upload("GOVERNANCE", 3)
     with pytest.MonkeyPatch.context() as patch:
-        # What init tries out is not what these tests are about; and this server goes on to list a folder
-        # of which all is deleted, as S3 does not.
+        # What init tries out is not what these tests are about, and takes a second.
         patch.setattr(probe, "refuse_unfit", lambda _: None)
         made.init(block_size=4096)
     return made
