@@ -7,6 +7,7 @@ accounts apart, so what a key may do is not tried here.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -175,6 +176,7 @@ def test_what_sets_need_is_locked_for_longer_and_the_rest_is_not(locked: Far, im
         assert not name.startswith(NEVER_LOCKED_BY_RETAIN)
     # A prune takes away what is not needed, and all that is left has its lock.
     assert pruned(locked).packs_deleted == len({n for n in unneeded if n.startswith(("packs/", "maps/"))})
+    assert retained(locked, span=40 * DAY).ok, "what a prune deletes is no suspicion"
     locked.is_whole()
 
 
@@ -427,6 +429,22 @@ def test_doctor_tells_of_locks(locked: Far, monkeypatch: pytest.MonkeyPatch) -> 
     assert found.state == "kept" and "governance, 3 days" in found.detail and "refused" in found.detail
     monkeypatch.setattr(ObjectVersions, "try_delete", lambda *_: None)
     assert lock_finding(locked.url).state == "BROKEN"
+
+
+def test_all_but_locks_works_without_botocore(
+    locked: Far, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("botocore", "botocore.config", "botocore.exceptions", "botocore.session"):
+        monkeypatch.setitem(sys.modules, name, None)
+    locked.backup(image)
+    locked.gives("d", image)
+    found = lock_finding(locked.url)
+    assert found.state == "unknown" and "package botocore" in found.detail
+    with pytest.raises(UsageError, match="package botocore") as caught:
+        retain.plan(locked.connect(), Silent(), span=DAY)
+    assert caught.value.hint == "pip install botocore"
+    with pytest.raises(UsageError, match="package botocore"):
+        open_storage(f"{locked.url}?as-of=2026-11-22")
 
 
 def test_doctor_tells_where_there_are_none(far: Far) -> None:
