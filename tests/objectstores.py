@@ -34,8 +34,9 @@ BUCKET = "imager-tests"
 NO_SERVER = "s3s-fs is not installed (./dev test builds it where the Rust compiler is new enough)"
 
 Action = tuple[str, int | float]
-"""What the door does to a request: ("status", 503), ("drop", 0) before it reaches the server, ("lose", 0)
-after it did, ("truncate", n) the answer after n bytes, ("delay", seconds)."""
+"""What the door does to a request: ("status", 503), ("locked", 403) as for an object that is locked,
+("drop", 0) before it reaches the server, ("lose", 0) after it did, ("truncate", n) the answer after n
+bytes, ("delay", seconds)."""
 
 
 def _die_with_parent() -> None:
@@ -85,8 +86,8 @@ def s3s(folder: Path) -> Iterator[str]:
 
 
 @contextmanager
-def moto(folder: Path) -> Iterator[str]:
-    """A moto server: its endpoint. The bucket is there."""
+def moto(folder: Path, *, locking: bool = False) -> Iterator[str]:
+    """A moto server: its endpoint. The bucket is there; `locking`: it keeps versions, and can lock them."""
     port = free_port()
     program = "from moto.server import main; main()"
     argv = [sys.executable, "-c", program, "-H", "127.0.0.1", "-p", str(port)]
@@ -94,7 +95,10 @@ def moto(folder: Path) -> Iterator[str]:
         connection = http.client.HTTPConnection("127.0.0.1", port)
         # It asks for no signature, only for the form of one.
         form = f"AWS4-HMAC-SHA256 Credential={KEY}/20260101/us-east-1/s3/aws4_request, Signature=0"
-        connection.request("PUT", f"/{BUCKET}", headers={"Authorization": form})
+        headers = {"Authorization": form}
+        if locking:
+            headers["x-amz-bucket-object-lock-enabled"] = "true"
+        connection.request("PUT", f"/{BUCKET}", headers=headers)
         assert connection.getresponse().status == 200
         connection.close()
         yield f"http://127.0.0.1:{port}"
@@ -151,7 +155,7 @@ class _Handler(BaseHTTPRequestHandler):
         if what == "drop":
             self._cut()
             return
-        if what == "status":
+        if what in ("status", "locked"):
             codes = {
                 503: "SlowDown",
                 500: "InternalError",
@@ -159,7 +163,12 @@ class _Handler(BaseHTTPRequestHandler):
                 403: "AccessDenied",
             }
             code = codes.get(int(value), "Strange")
-            text = f"<Error><Code>{code}</Code><Message>as the test wishes</Message></Error>".encode()
+            said = (
+                "as the test wishes"
+                if what == "status"
+                else "Access Denied because object protected by object lock."
+            )
+            text = f"<Error><Code>{code}</Code><Message>{said}</Message></Error>".encode()
             self._answer(int(value), [("content-type", "application/xml")], text, len(text))
             return
         if self.command == "PUT" and door.exclusive:
@@ -192,6 +201,9 @@ class _Handler(BaseHTTPRequestHandler):
             connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
             for name, value in self.headers.items():
                 connection.putheader(name, value)
+            if self.headers.get("x-amz-checksum-sha256"):
+                # S3 is content with the checksum; moto wants to be told of it in advance.
+                connection.putheader("x-amz-sdk-checksum-algorithm", "SHA256")
             try:
                 connection.endheaders(body)
             except (BrokenPipeError, ConnectionResetError):
@@ -309,6 +321,27 @@ def other_s3(moto_door: Door, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store
         yield store
 
 
+@pytest.fixture(scope="session")
+def locking_door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
+    """A server whose bucket keeps versions, and locks each for three days from its upload on."""
+    from imager.storage.object_versions import ObjectVersions
+
+    with moto(tmp_path_factory.mktemp("locking"), locking=True) as server, open_door(server) as door:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment(door.endpoint).items():
+                patch.setenv(name, value)
+            # This server wants the bucket to be empty for that, as S3 does not.
+            ObjectVersions.connect(f"s3://{BUCKET}").lock_at_upload("GOVERNANCE", 3)
+        yield door
+
+
+@pytest.fixture
+def locking_s3(locking_door: Door, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    """A place in a bucket that keeps versions and locks them."""
+    with place(locking_door, None, monkeypatch) as store:
+        yield store
+
+
 @pytest.fixture
 def careless_s3(s3s_door: tuple[Door, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     """A store where two writers that race for a name can both win."""
@@ -321,13 +354,16 @@ def careless_s3(s3s_door: tuple[Door, Path], monkeypatch: pytest.MonkeyPatch) ->
         door.exclusive = True
 
 
-def main(folder: Path, bucket: str) -> None:
-    """A server for a shell (`python -m tests.objectstores FOLDER BUCKET`), which reads FOLDER/env."""
+def main(folder: Path, bucket: str, locking: bool = False) -> None:
+    """A server for a shell (`python -m tests.objectstores FOLDER BUCKET [locking]`), by FOLDER/env."""
     global BUCKET
     BUCKET = bucket
     folder.mkdir(parents=True, exist_ok=True)
-    server = s3s if s3s_program() else moto
-    with server(folder) as endpoint, open_door(endpoint) as door:
+    if locking:
+        server = moto(folder, locking=True)
+    else:
+        server = s3s(folder) if s3s_program() else moto(folder)
+    with server as endpoint, open_door(endpoint) as door:
         lines = [f"export {name}={value}" for name, value in environment(door.endpoint).items()]
         (folder / "env.new").write_text("\n".join(lines) + "\n")
         (folder / "env.new").rename(folder / "env")
@@ -337,4 +373,4 @@ def main(folder: Path, bucket: str) -> None:
 
 if __name__ == "__main__":
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:] == ["locking"])

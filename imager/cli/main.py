@@ -42,6 +42,7 @@ VERBS = (
     "forget",
     "pin",
     "prune",
+    "retain",
     "key",
     "lab",
     "completion",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from imager.repository.credentials import Credentials
     from imager.repository.repository import Opening, Repository
     from imager.storage.base import Storage
+    from imager.storage.limit import Paces
 
 PROGRESS_MODES = ("auto", "plain", "json", "none")
 
@@ -49,6 +50,7 @@ class Shell:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.json = settings.json
+        self._paces: Paces | None = None
 
     # --- what comes out ------------------------------------------------------
 
@@ -136,15 +138,17 @@ class Shell:
         return Repository.begin(storage, self.credentials(), writing=writing)
 
     def storage(self, place: str, *, cached: bool = False) -> Storage:
-        """The storage at `place`, with the limits that the settings ask for. Raises `UsageError`."""
+        """The storage at `place`, with the limits that the settings ask for. Raises `UsageError`.
+
+        All that are opened so keep the limits together.
+        """
         from imager.storage.location import open_storage
 
-        limits = None
-        if self.settings.limit_upload or self.settings.limit_download:
-            from imager.storage.limit import Limits
+        if self._paces is None and (self.settings.limit_upload or self.settings.limit_download):
+            from imager.storage.limit import Limits, Paces
 
-            limits = Limits(self.settings.limit_upload, self.settings.limit_download)
-        return open_storage(place, limits, cached=cached)
+            self._paces = Paces(Limits(self.settings.limit_upload, self.settings.limit_download))
+        return open_storage(place, self._paces, cached=cached)
 
     def open_keyless(self, *, writing: bool = False) -> Callable[[], Repository]:
         """What opens the repository without a secret. Raises `UsageError`."""

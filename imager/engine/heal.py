@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -28,10 +29,14 @@ from imager.repository.keyless import is_keyless, open_keyless
 from imager.repository.pages import BadPage, Seen, pages
 from imager.repository.repository import Repository
 from imager.repository.session import Session
+from imager.storage.base import Storage
 from imager.storage.errors import Gone, StorageError
+from imager.storage.location import open_storage
 from imager.units import MIB
 
 _BATCH = 16 * MIB
+Connect: TypeAlias = Callable[[str], Storage]
+"What finds the storage of a source."
 
 
 class Spot(Struct, frozen=True):
@@ -58,11 +63,12 @@ def execute(
     sources: Sequence[str],
     credentials: Credentials,
     reporter: Reporter,
+    connect: Connect = open_storage,
 ) -> list[str]:
     """Heal what a check with repair has found, from each source in turn; what was done, in lines.
 
-    `credentials` open a source that is another repository. Raises `UsageError`, `WrongKey`,
-    `SourceError`, `StorageError`, `Locked` where this was declared dead by a prune meanwhile.
+    `credentials` open a source that is another repository, `connect` finds it. Raises `UsageError`,
+    `WrongKey`, `SourceError`, `StorageError`, `Locked` where this was declared dead by a prune meanwhile.
     """
     for source in sources:
         if is_device(source) and is_keyless(repository):
@@ -77,13 +83,13 @@ def execute(
         copier = RecordCopier(repository, session)
         for source in sources:
             if not is_device(source):
-                lines += _whole_objects(repository, found, source)
+                lines += _whole_objects(repository, found, source, connect)
         lines += _salvage(repository, copier).lines("packs that were set aside")
         for source in sources:
             if is_device(source):
                 lines += _from_device(repository, source).lines(source)
             else:
-                lines += _from_repository(repository, copier, source, credentials).lines(source)
+                lines += _from_repository(repository, copier, source, credentials, connect).lines(source)
         if _alone(repository, session.id) and not heal.wanted(repository):
             lines += heal.retire(repository)
         if session.fenced():
@@ -109,12 +115,13 @@ def repaired(
     sources: Sequence[str],
     credentials: Credentials,
     reporter: Reporter,
+    connect: Connect = open_storage,
 ) -> Summary:
     """Heal after a check with repair, then check again: what that finds, and all that was done.
 
     Raises what `execute` raises.
     """
-    lines = execute(repository, found, sources, credentials, reporter)
+    lines = execute(repository, found, sources, credentials, reporter, connect)
     repository.look_anew()
     again = check(repository, reporter)
     return replace(
@@ -127,14 +134,8 @@ def repaired(
     )
 
 
-def _open_source(place: str) -> Repository:
-    from imager.storage.location import open_storage
-
-    return open_keyless(open_storage(place))
-
-
-def _whole_objects(repository: Repository, found: Summary, place: str) -> list[str]:
-    with _open_source(place) as source:
+def _whole_objects(repository: Repository, found: Summary, place: str, connect: Connect) -> list[str]:
+    with open_keyless(connect(place)) as source:
         if source.config != repository.config:
             return []
         done = heal.put_back_objects(repository, source, found.problems)
@@ -188,9 +189,9 @@ def _copy_records(
 
 
 def _from_repository(
-    repository: Repository, copier: RecordCopier, place: str, credentials: Credentials
+    repository: Repository, copier: RecordCopier, place: str, credentials: Credentials, connect: Connect
 ) -> Healed:
-    with _open_source(place) as source:
+    with open_keyless(connect(place)) as source:
         if source.config == repository.config:
             return _copy_records(repository, source, copier, heal.wanted(repository))
         if source.id == repository.id:
@@ -200,7 +201,7 @@ def _from_repository(
             f"{place} is another repository: only with the keys of both can their blocks be compared",
             hint="leave --keyless away",
         )
-    with _open_source(place) as source:
+    with open_keyless(connect(place)) as source:
         opened = source if not source.sealed else Repository.open(source.storage, credentials)
         with opened, _Storing(repository, spots(repository)) as storing:
             for length, content in _contents(opened, {spot.length for spot in storing.spots.values()}):

@@ -2,7 +2,8 @@
 
 Invariant: a plan says of every set that it concerns why it stays or that it goes,
 and nothing is forgotten that the plan did not show. A lineage never loses
-its last set unless a person names that lineage; a pinned set never goes.
+its last set unless a person names that lineage; a pinned set never goes. Rules leave a
+lineage alone while one of its sets says that it was taken in the future.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from imager.repository.imageset import Manifest
 from imager.repository.repository import Repository
 from imager.repository.retention import Candidate, Rules, judge
 from imager.units import format_time
+
+_AHEAD = "left alone: a set of it says that it was taken in the future"
 
 __all__ = ["Choice", "ForgetPlan", "ForgetSummary", "Lineage", "execute", "plan_rules", "plan_sets"]
 
@@ -86,7 +89,8 @@ def plan_rules(
 ) -> ForgetPlan:
     """What the rules forget in each lineage, or in those of these names and hosts.
 
-    Raises `UsageError` where there are no rules or nothing would be left of a lineage,
+    Of a lineage with a set that is more than a day ahead of this machine's clock nothing goes: a person
+    looks first. Raises `UsageError` where there are no rules or nothing would be left of a lineage,
     `WrongKey`, `StorageError`.
     """
     if rules.empty:
@@ -109,6 +113,17 @@ def plan_rules(
     for members in _by_lineage(listing.sets):
         body = members[0].content
         if (names and body.name not in names) or (hosts and body.host not in hosts):
+            continue
+        if ahead := imageset.ahead(members, at=moment):
+            reporter.warn(
+                f"no set of {body.name} of {body.host} is forgotten: set {ahead[0][:8]}"
+                + (f" and {len(ahead) - 1} more say" if len(ahead) > 1 else " says")
+                + " that it was taken in the future",
+                hint="look at that machine and its clock; then forget what you do not trust by name: "
+                f"imager forget {ahead[0][:8]}",
+            )
+            choices = tuple(Choice(one.id, one.created, (_AHEAD,)) for one in members)
+            lineages.append(Lineage(body.name, body.host, choices))
             continue
         candidates = [
             Candidate(one.id, one.sequence, one.created, frozenset(one.content.tags)) for one in members

@@ -35,7 +35,7 @@ from imager.repository.prune_plan import Pack, PruneOptions, PrunePlan, PruneSum
 from imager.repository.repository import Repository
 from imager.repository.session import writing_failed
 from imager.repository.sessions import Condemnation
-from imager.storage.errors import AlreadyExists, Gone, NotFound
+from imager.storage.errors import AlreadyExists, Gone, NotFound, Retained
 from imager.units import count
 
 __all__ = ["Prune", "PruneOptions", "PrunePlan", "PruneSummary"]
@@ -89,6 +89,8 @@ class Prune:
         "Offsets of the records that this run has moved, by the pack they were in."
         self._written: set[bytes] = set()
         "Names of the packs that this run has written."
+        self._retained: set[bytes] = set()
+        "Names of condemned packs that the storage still locks."
         self._sequence = 0
         self._counts = _Counts()
         self._fenced: tuple[str, ...] = ()
@@ -239,6 +241,7 @@ class Prune:
             pages=self._marked.marks.pages,
             bytes_of_pages=self._marked.marks.read,
             condemned=left,
+            retained=len(self._retained),
             waiting=waiting,
             fenced=self._fenced,
             damaged=tuple(counts.damaged),
@@ -448,6 +451,10 @@ class Prune:
                 self.repository.storage.delete(pack.object)
             except NotFound:
                 continue  # Another prune was quicker.
+            except Retained:
+                stay += 1  # It stays condemned, and goes once its lock has run out.
+                self._retained.add(pack.name)
+                continue
             self._counts.deleted += 1
             self._counts.freed += size
         if not stay:

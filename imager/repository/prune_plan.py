@@ -127,7 +127,8 @@ class PrunePlan(Struct, frozen=True):
 class PruneSummary(Struct, frozen=True):
     """What a prune came to. Sizes in bytes; `bytes_read`, `bytes_written`: of packs that were rewritten.
 
-    `condemned`: packs that are condemned and still there; `waiting`: sessions whose end they wait for.
+    `condemned`: packs that are condemned and still there; `waiting`: sessions whose end they wait for;
+    `retained`: how many of them the storage keeps locked.
     """
 
     packs_deleted: int
@@ -139,6 +140,7 @@ class PruneSummary(Struct, frozen=True):
     pages: int
     bytes_of_pages: int
     condemned: int
+    retained: int
     waiting: tuple[str, ...]
     fenced: tuple[str, ...]
     damaged: tuple[str, ...]

@@ -70,9 +70,10 @@ def read_config(storage: Storage, *, writing: bool) -> tuple[Config, dict[str, o
     except (NotFound, Gone) as error:
         if isinstance(error, Gone) and not storage.local:
             raise NoRepository(error.message, hint=error.hint) from error
-        raise NoRepository(
-            f"there is no repository in {storage.url}", hint=f"create one: imager init {storage.url}"
-        ) from error
+        hint = f"create one: imager init {storage.url}"
+        if storage.url.startswith("s3://"):
+            hint += f"; if there was one, '{storage.url}?as-of=TIME' shows it where the bucket keeps versions"
+        raise NoRepository(f"there is no repository in {storage.url}", hint=hint) from error
     config, value = parse_config(raw)
     check_features(config, writing=writing)
     if config.encryption != SEALED and bytes.fromhex(config.seal) != config_message(value):

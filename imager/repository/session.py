@@ -31,6 +31,7 @@ from imager.repository.manifest import is_abort_mark, parse_abort_mark
 from imager.repository.repository import Repository
 from imager.storage.base import Staged
 from imager.storage.errors import AlreadyExists, StorageError, refusal
+from imager.storage.location import local_path
 
 _IN_FLIGHT = 2
 "Jobs that wait or run at once where the storage is local; one of them runs."
@@ -321,7 +322,7 @@ class Session:
 def writing_failed(repository: Repository, error: _native.WriteError) -> ImagerError:
     """What to raise where the native core could not write a pack."""
     cause = OSError(error.errno, error.strerror)
-    if not repository.storage.local:
+    if local_path(repository.storage) is None:
         from imager.storage import spool
 
         return spool.refused(cause)

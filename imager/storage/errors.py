@@ -11,7 +11,7 @@ import os
 
 from imager.errors import StorageError
 
-__all__ = ["AlreadyExists", "Gone", "NotFound", "StorageError", "Unavailable", "refusal"]
+__all__ = ["AlreadyExists", "Gone", "NotFound", "Retained", "StorageError", "Unavailable", "refusal"]
 
 
 class NotFound(StorageError):
@@ -30,6 +30,12 @@ class AlreadyExists(StorageError):
     """An object of this name is there already; it was left as it is."""
 
     kind = "already-exists"
+
+
+class Retained(StorageError):
+    """The storage keeps the object until some day, and removes it for nobody before."""
+
+    kind = "retained"
 
 
 class Unavailable(StorageError):

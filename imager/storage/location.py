@@ -15,24 +15,27 @@ from imager.storage.base import Storage
 from imager.storage.folder import FolderStorage
 
 if TYPE_CHECKING:
-    from imager.storage.limit import Limits
+    from imager.storage.limit import Paces
 
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*)://")
 _OBJECTS = ("s3", "gs", "az")
 
 
-def open_storage(place: str, limits: Limits | None = None, *, cached: bool = False) -> Storage:
+def open_storage(place: str, paces: Paces | None = None, *, cached: bool = False) -> Storage:
     """The storage at a path, or at a `file://`, `s3://`, `gs://`, `az://` or `ssh://` URL.
 
+    `s3://...?as-of=TIME` is what was there at that time.
+    `paces`: the limits to keep, together with all other storages that got the same.
     `cached`: keep copies of small objects of a far one, and use them; not for what looks for damage.
     Raises `UsageError` for other kinds, and where the address makes no sense.
     """
     storage = _connect(place)
-    if limits is not None and (limits.upload or limits.download):
+    far = not storage.local
+    if paces is not None:
         from imager.storage.limit import Limited
 
-        storage = Limited(storage, limits)
-    if storage.local:
+        storage = Limited(storage, paces)
+    if not far:
         return storage
     from imager.storage.retry import Retrying
 
@@ -72,6 +75,10 @@ def _connect(place: str) -> Storage:
         if path.startswith("/"):
             return FolderStorage(path)
         raise UsageError(f"not a local path: {place}", hint="write file:///absolute/path")
+    if scheme[1] in _OBJECTS and "?as-of=" in place:
+        from imager.storage.past import PastStorage
+
+        return PastStorage.connect(place)
     if scheme[1] in _OBJECTS:
         from imager.storage.object_store import ObjectStorage
 

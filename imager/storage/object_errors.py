@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import re
 
-from imager.storage.errors import AlreadyExists, Gone, NotFound, StorageError, Unavailable
+from msgspec import Struct
+
+from imager.storage.errors import AlreadyExists, Gone, NotFound, Retained, StorageError, Unavailable
 
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<(?:Code|code)>([A-Za-z0-9]+)</")
@@ -21,9 +23,13 @@ _PASSING = frozenset(
      "OperationAborted", "RequestTimeTooSkewedRetry", "ServerBusy", "OperationTimedOut")
 )  # fmt: skip
 
-_CREDENTIALS = "check the credentials in the environment (AWS_ACCESS_KEY_ID, AWS_PROFILE, ...)"
+_NO_BUCKET = ("NoSuchBucket", "ContainerNotFound")
+_IMMUTABLE = frozenset(("BlobImmutableDueToPolicy", "RetentionPolicyNotMet", "ObjectLocked"))
+_LOCKED = re.compile(r"object lock|retention policy|immutable|WORM", re.IGNORECASE)
+
+CREDENTIALS = "check the credentials in the environment (AWS_ACCESS_KEY_ID, AWS_PROFILE, ...)"
 _HINTS = {
-    "InvalidAccessKeyId": _CREDENTIALS,
+    "InvalidAccessKeyId": CREDENTIALS,
     "SignatureDoesNotMatch": "the secret key is another than the store knows: check AWS_SECRET_ACCESS_KEY",
     "ExpiredToken": "the session's credentials have expired: obtain new ones",
     "RequestTimeTooSkewed": "the clock of this machine is wrong: set it",
@@ -38,6 +44,28 @@ _HINTS = {
 }
 
 
+class ChecksumWanted(StorageError):
+    """The bucket locks what is written, and takes nothing without a checksum."""
+
+
+class Told(Struct, frozen=True):
+    """What a store answered: the HTTP status, its own word for what is wrong, and a sentence."""
+
+    status: int
+    code: str
+    said: str = ""
+
+    @property
+    def passing(self) -> bool:
+        """Whether the same may be answered otherwise in a while."""
+        return self.code in _PASSING or self.status == 429 or (self.status >= 500 and self.status != 501)
+
+    @property
+    def why(self) -> str:
+        """The same for a person."""
+        return f"{self.code}: {self.said}" if self.said else self.code or f"status {self.status}"
+
+
 def failure(error: BaseException, doing: str, url: str) -> StorageError:
     """The error to raise for `error` of the client, met while `doing` (such as "writing sets/12")."""
     kind = type(error).__name__
@@ -46,38 +74,50 @@ def failure(error: BaseException, doing: str, url: str) -> StorageError:
     head, _, detail = text.partition("\n\nDebug source:")
     status = int(found[1]) if (found := _STATUS.search(head)) else 0
     code = found[1] if (found := _CODE.search(head)) else ""
-    made = _made(kind, head, detail, status, code, doing, url)
+    said = found[1] if (found := _SAID.search(head)) else ""
+    told = Told(status, code, said)
+    if told.passing or code in _NO_BUCKET:
+        made = refusal(told, doing, url)
+    elif kind in ("FileNotFoundError", "NotFoundError"):
+        made = NotFound(f"{doing} failed: it is not in {url}")
+    elif kind == "AlreadyExistsError":
+        made = AlreadyExists(f"{doing} failed: the name is taken in {url}")
+    elif status or kind in ("PermissionDeniedError", "UnauthenticatedError"):
+        made = refusal(Told(status or 403, code, said), doing, url)
+    else:
+        made = _without_answer(kind, head, detail, doing, url)
     made.status = status  # type: ignore[attr-defined]
     return made
 
 
-def _made(kind: str, head: str, detail: str, status: int, code: str, doing: str, url: str) -> StorageError:
-    said = found[1] if (found := _SAID.search(head)) else ""
-    if code in ("NoSuchBucket", "ContainerNotFound"):
+def refusal(told: Told, doing: str, url: str) -> StorageError:
+    """The error to raise for an answer that says no."""
+    status, code, said = told.status, told.code, told.said
+    if code in _NO_BUCKET:
         return Gone(
             f"{doing} failed: there is no such bucket ({url})",
             hint="create the bucket with the store's own tools, or check the address",
         )
-    if code in _PASSING or status == 429 or (status >= 500 and status != 501):
+    if told.passing:
         why = code or f"status {status}"
         return Unavailable(
             f"{doing} failed: the store answers {why}{': ' + said if said else ''} ({url})",
             hint="it is overloaded or out of order: try again later",
         )
-    if kind in ("FileNotFoundError", "NotFoundError"):
-        return NotFound(f"{doing} failed: it is not in {url}")
-    if kind == "AlreadyExistsError":
-        return AlreadyExists(f"{doing} failed: the name is taken in {url}")
-    if status in (401, 403) or kind in ("PermissionDeniedError", "UnauthenticatedError"):
-        why = f"{code}: {said}" if said else code or "access denied"
+    if "checksum" in said.lower() and ("InvalidRequest" in code or "ObjectLock" in code):
+        return ChecksumWanted(f"{doing} failed: {said} ({url})", hint="set AWS_CHECKSUM_ALGORITHM=SHA256")
+    if code in _IMMUTABLE or (status in (401, 403, 409) and _LOCKED.search(said)):
+        return Retained(
+            f"{doing} failed: the store keeps it locked: {told.why} ({url})",
+            hint="its lock runs out some day: try again then",
+        )
+    if status in (401, 403):
+        why = told.why if code else "access denied"
         return StorageError(
             f"{doing} failed: the store refuses it: {why} ({url})",
             hint=_HINTS.get(code, _HINTS["AccessDenied"]),
         )
-    if status:
-        why = f"{code}: {said}" if said else code or f"status {status}"
-        return StorageError(f"{doing} failed: the store answers {why} ({url})", hint=_HINTS.get(code))
-    return _without_answer(kind, head, detail, doing, url)
+    return StorageError(f"{doing} failed: the store answers {told.why} ({url})", hint=_HINTS.get(code))
 
 
 def _without_answer(kind: str, head: str, detail: str, doing: str, url: str) -> StorageError:
@@ -89,7 +129,7 @@ def _without_answer(kind: str, head: str, detail: str, doing: str, url: str) -> 
             hint="check the endpoint (https or http?), and that the store's certificate is known here",
         )
     if "credential" in low or "169.254.169.254" in head:
-        return StorageError(f"{doing} failed: there are no credentials for {url}", hint=_CREDENTIALS)
+        return StorageError(f"{doing} failed: there are no credentials for {url}", hint=CREDENTIALS)
     if "builder error" in head:
         return StorageError(
             f"{doing} failed: the endpoint of {url} cannot be used", hint="check AWS_ENDPOINT_URL"

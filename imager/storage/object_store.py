@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from imager.errors import Locked, UsageError
@@ -22,6 +24,8 @@ from imager.storage.spool import Spool, mapped
 from imager.storage.wire import MAX_OBJECT
 
 if TYPE_CHECKING:
+    from mmap import mmap
+
     from obstore.store import ObjectStore
 
 T = TypeVar("T")
@@ -39,11 +43,23 @@ class ObjectStorage:
 
     local = False
 
-    def __init__(self, url: str, store: ObjectStore, bulk: ObjectStore | None = None) -> None:
-        """`bulk`: the same place, with the patience that large uploads need."""
+    def __init__(
+        self,
+        url: str,
+        store: ObjectStore,
+        bulk: ObjectStore | None = None,
+        checking: Callable[[], list[ObjectStore]] | None = None,
+    ) -> None:
+        """`bulk`: the same place, with the patience that large uploads need.
+
+        `checking` makes both anew, so that they send a checksum with each object.
+        """
         self.url = url
         self._store: ObjectStore | None = store
         self._bulk = bulk or store
+        self._checking = checking
+        self._checks = False
+        self._lock = threading.Lock()
         self._spool = Spool(self._upload, self.read)
 
     @classmethod
@@ -68,25 +84,25 @@ class ObjectStorage:
             )
         options = settings(scheme)
         make: Callable[..., ObjectStore] = obstore.store.from_url
-        stores = []
-        for timeout in (_SMALL_TIMEOUT, _BULK_TIMEOUT):
-            client = {**options.client, "timeout": timeout, "connect_timeout": "10s"}
-            try:
+
+        def connected(**more: str) -> list[ObjectStore]:
+            stores = []
+            for timeout in (_SMALL_TIMEOUT, _BULK_TIMEOUT):
+                client = {**options.client, "timeout": timeout, "connect_timeout": "10s"}
+                config = {**options.config, **more} or None
                 # What repeats calls is `imager.storage.retry`: it knows which may be repeated.
                 retry = {"max_retries": 0}
-                stores.append(
-                    make(
-                        url.rstrip("/"),
-                        config=options.config or None,
-                        client_options=client,
-                        retry_config=retry,
-                    )
-                )
-            except (ValueError, obstore.exceptions.BaseError) as error:
-                said = str(error).split("\n\n", 1)[0]
-                hint = "see docs/reference/storage.md"
-                raise UsageError(f"{url} cannot be used: {said}", hint=hint) from error
-        return cls(url.rstrip("/"), *stores)
+                stores.append(make(url.rstrip("/"), config=config, client_options=client, retry_config=retry))
+            return stores
+
+        try:
+            stores = connected()
+        except (ValueError, obstore.exceptions.BaseError) as error:
+            said = str(error).split("\n\n", 1)[0]
+            hint = "see docs/reference/storage.md"
+            raise UsageError(f"{url} cannot be used: {said}", hint=hint) from error
+        checking = partial(connected, checksum_algorithm="SHA256") if scheme == "s3" else None
+        return cls(url.rstrip("/"), stores[0], stores[1], checking)
 
     # --- calls ---------------------------------------------------------------------
 
@@ -155,25 +171,36 @@ class ObjectStorage:
 
     def create(self, name: str, data: bytes) -> None:
         """Make an object. Raises `AlreadyExists`, `Unavailable`, `StorageError`."""
-        import obstore
-
         check_name(name)
-        self._call(
-            f"writing {name}",
-            lambda store: obstore.put(store, name, data, mode="create", use_multipart=False),
-            bulk=len(data) > _SMALL,
-        )
+        self._put(name, data, bulk=len(data) > _SMALL)
 
     def _upload(self, name: str, fd: int, size: int) -> None:
-        import obstore
-
         check_name(name)
         with mapped(fd, size) as data:
-            self._call(
-                f"writing {name}",
-                lambda store: obstore.put(store, name, data, mode="create", use_multipart=False),
-                bulk=True,
-            )
+            self._put(name, data, bulk=True)
+
+    def _put(self, name: str, data: bytes | mmap, *, bulk: bool) -> None:
+        import obstore
+
+        def put(store: ObjectStore) -> None:
+            obstore.put(store, name, data, mode="create", use_multipart=False)
+
+        try:
+            self._call(f"writing {name}", put, bulk=bulk)
+        except StorageError as error:
+            from imager.storage.object_errors import ChecksumWanted
+
+            if not isinstance(error, ChecksumWanted) or not self._send_checksums():
+                raise
+            self._call(f"writing {name}", put, bulk=bulk)
+
+    def _send_checksums(self) -> bool:
+        """A bucket that locks its objects wants them, other stores may not know them: whether it's done."""
+        with self._lock:
+            if self._checking is not None and self._store is not None:
+                self._store, self._bulk = self._checking()
+                self._checking, self._checks = None, True
+            return self._checks
 
     def stage(self) -> Staged:
         """Begin an object in a temporary file. Raises `StorageError`."""
@@ -229,9 +256,17 @@ class ObjectStorage:
         """Names below the prefix that no repository has. Raises `StorageError`."""
         import obstore
 
+        def holds(folder: str) -> bool:
+            # Where versions are kept, some stores go on to show a folder of which all is deleted.
+            return self._call(
+                f"listing {folder}",
+                lambda store: any(len(chunk) for chunk in obstore.list(store, folder, chunk_size=1)),
+            )
+
         found = self._call("listing everything", lambda store: obstore.list_with_delimiter(store))
-        names = [*found["common_prefixes"], *(one["path"] for one in found["objects"])]
-        return sorted(name for name in names if name not in (*TOP, _LOCK))
+        names = [name for name in found["common_prefixes"] if name not in TOP and holds(name)]
+        names += [one["path"] for one in found["objects"] if one["path"] not in (*TOP, _LOCK)]
+        return sorted(names)
 
     def sweep(self) -> list[str]:
         """There is no staging area: nothing is left by dead writers."""

@@ -212,6 +212,8 @@ class _Trial:
         yield self._clock()
         yield self._durability()
         yield self._pace()
+        if bare(self.storage).url.startswith("s3://"):
+            yield self._object_lock()
         free = self.storage.free_space()
         from imager.units import format_size
 
@@ -292,6 +294,28 @@ class _Trial:
             self.storage.read(name, 0, 1)
             times.append(time.monotonic() - begun)
         return Finding("answers", NOTE, f"a small read takes {sorted(times)[2] * 1000:.1f} ms")
+
+    def _object_lock(self) -> Finding:
+        from imager.storage.object_versions import versions_of
+
+        promise = "object lock"
+        try:
+            versions = versions_of(self.storage)
+            locking = versions.locking()
+            if locking is None:
+                return Finding(promise, NOTE, "none: whoever may delete here can destroy what is stored")
+            if locking.mode is None:
+                detail = "new objects are not locked: imager retain --at-upload 30d has the bucket do that"
+                return Finding(promise, NOTE, detail)
+            name = self._name()
+            self.storage.create(name, b"x")
+            refused = versions.try_delete(next(versions.versions(name)))
+        except ImagerError as error:
+            return Finding(promise, UNKNOWN, error.message)
+        if refused is None:
+            return Finding(promise, BROKEN, "a locked object could be removed")
+        mode = f"{locking.mode.lower()}, {locking.days} days from upload"
+        return Finding(promise, KEPT, f"{mode}: removing a locked object was refused")
 
     def left(self) -> Iterator[Finding]:
         """What could not be removed."""

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from imager.cli.main import run
+from imager.storage.folder import FolderStorage
+from imager.storage.limit import Limited, Paces
 from tests.cli.test_contract import field_names, refused
 
 both_forms = pytest.mark.parametrize("as_json", [False, True], ids=["text", "json"])
@@ -79,3 +85,74 @@ def test_options_of_check(imager, repository: Path, tmp_path: Path) -> None:
         assert f"`{name}`" in PAGE, name
     ended = imager.ok("-r", repository, "check", "--repair", "--heal-from", tmp_path / "copy")
     assert "put 1 pack back" in ended.out and "the repository is whole" in ended.out
+
+
+# --- limits of two storages at once ---------------------------------------------------------------
+
+
+class Counted:
+    """What passed the limits of this process, in bytes, by storage; nobody has to wait for it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.paces: set[Paces] = set()
+        self.storages: dict[str, Limited] = {}
+        self.down: Counter[Paces] = Counter()
+        self.up: Counter[Paces] = Counter()
+        made, sent, fetched = Limited.__init__, Paces.upload, Paces.download
+
+        def make(storage: Limited, inner: FolderStorage, paces: Paces) -> None:
+            made(storage, inner, paces)
+            self.storages[inner.url] = storage
+            self.paces.add(paces)
+
+        def send(paces: Paces, size: int) -> None:
+            sent(paces, size)
+            self.up[paces] += size
+
+        def fetch(paces: Paces, size: int) -> None:
+            fetched(paces, size)
+            self.down[paces] += size
+
+        monkeypatch.setattr(Limited, "__init__", make)
+        monkeypatch.setattr(Paces, "upload", send)
+        monkeypatch.setattr(Paces, "download", fetch)
+        for name in [name for name in os.environ if name.startswith("IMAGER_")]:
+            monkeypatch.delenv(name)
+
+
+LIMITS = ["--limit-download", "1G", "--limit-upload", "1G"]
+
+
+def packed(root: Path) -> int:
+    return sum(path.stat().st_size for path in (root / "packs").rglob("*") if path.is_file())
+
+
+def test_both_ends_of_a_sync_keep_one_limit(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    counted = Counted(monkeypatch)
+    copy = tmp_path / "copy"
+    assert run(["-q", *LIMITS, "sync", str(repository), str(copy), "--verify-after"]) == 0
+    assert counted.storages.keys() == {str(repository), str(copy)}
+    [paces] = counted.paces
+    # Read from the one, written to the other, and read back from there.
+    assert counted.up[paces] >= packed(copy) > 300_000
+    assert counted.down[paces] >= 2 * packed(copy)
+
+
+def test_what_heals_is_fetched_within_the_limit(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    copy = tmp_path / "copy"
+    assert run(["-q", "sync", str(repository), str(copy)]) == 0
+    lost = packed(repository)
+    shutil.rmtree(repository / "packs")
+    counted = Counted(monkeypatch)
+    heal = ["check", "--repair", "--heal-from", str(copy)]
+    assert run(["-q", *LIMITS, "-r", str(repository), *heal]) == 0
+    assert counted.storages.keys() == {str(repository), str(copy)}
+    [paces] = counted.paces
+    assert counted.down[paces] >= lost and counted.up[paces] >= lost
+    assert packed(repository) == lost

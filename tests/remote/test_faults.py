@@ -16,6 +16,7 @@ from imager.repository.repository import Repository
 from imager.storage.base import Storage
 from imager.storage.errors import AlreadyExists, NotFound, Unavailable
 from imager.storage.folder import FolderStorage
+from imager.storage.limit import Limited, Limits, Paces
 from imager.storage.location import open_storage
 from imager.storage.object_store import ObjectStorage
 from imager.storage.rehearsal import Crash, Crashing, Eventual, Faulty, Recording
@@ -355,11 +356,10 @@ def test_a_disk_that_is_full_at_the_store(far: Far, image: Path, tmp_path: Path)
 
 
 def test_the_guard_still_knows_a_local_repository(tmp_path: Path) -> None:
-    from imager.storage.limit import Limited, Limits
     from imager.storage.location import local_path
 
     folder = FolderStorage(str(tmp_path))
-    assert local_path(Limited(folder, Limits(upload=1))) == str(tmp_path)
+    assert local_path(Limited(folder, Paces(Limits(upload=1)))) == str(tmp_path)
     assert local_path(ObjectStorage("s3://b/x", None)) is None  # type: ignore[arg-type]
 
 

@@ -78,7 +78,9 @@ def command(
             from imager.engine import heal
 
             credentials = shell.credentials_of(heal_keyfile, heal_passphrase_file)
-            summary = heal.repaired(repository, summary, sources, credentials, reporter)
+            summary = heal.repaired(
+                repository, summary, sources, credentials, reporter, connect=shell.storage
+            )
     if shell.json:
         shell.message("summary", summary)
     else:
@@ -100,6 +102,10 @@ def _print(shell: Shell, summary: Summary) -> None:
         shell.print(_ages(summary))
     read = f"{summary.packs_read} of {count(summary.packs, 'pack')} read ({format_size(summary.bytes_read)})"
     what = "structure and digests are whole" if summary.keyless else "the repository is whole"
+    if not summary.ok and (place := shell.repository_name()).startswith("s3://"):
+        shell.print(
+            f"where the bucket keeps versions: --repair --heal-from '{place}?as-of=TIME' takes what was there"
+        )
     verdict = what if summary.ok else "the repository is DAMAGED"
     shell.print(f"{verdict}: {count(summary.sets, 'set')}, {count(summary.pages, 'map page')}, {read}")
 

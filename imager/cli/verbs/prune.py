@@ -113,8 +113,12 @@ def _print(shell: Shell, plan: PrunePlan, summary: PruneSummary | None) -> None:
         f"{count(summary.packs_deleted, 'pack')} deleted ({format_size(summary.bytes_deleted)}), "
         f"{summary.packs_written} written ({format_size(summary.bytes_written)})"
     )
-    if summary.condemned:
-        left = count(summary.condemned, "pack", "is condemned, and goes", "are condemned, and go")
+    if summary.retained:
+        left = count(summary.retained, "pack", "stays condemned", "stay condemned")
+        shell.print(f"{left}: the store keeps what is locked for a while")
+    if summary.condemned > summary.retained:
+        number = summary.condemned - summary.retained
+        left = count(number, "pack", "is condemned, and goes", "are condemned, and go")
         shell.print(f"{left} once these have ended:")
         for who in summary.waiting:
             shell.print(f"  {who}")

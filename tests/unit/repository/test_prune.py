@@ -15,7 +15,7 @@ from imager.events import Silent
 from imager.repository import forgetting, imageset, index, sessions, tombstones
 from imager.repository.blockmap import MapReader
 from imager.repository.check import check
-from imager.repository.format import KIND_DATA, KIND_MAP, pack_object
+from imager.repository.format import KIND_DATA, KIND_MAP, now, pack_object
 from imager.repository.keyless import open_keyless
 from imager.repository.prune import Prune, PruneOptions, PrunePlan, PruneSummary
 from imager.repository.repository import Repository
@@ -503,6 +503,38 @@ def test_who_may_forget(lab: Lab) -> None:
             forgetting.plan_sets(repository, ids[:1], Silent())
         with pytest.raises(WrongKey, match="cannot forget"):
             forgetting.plan_rules(repository, Rules(last=1), Silent())
+
+
+def test_rules_leave_a_lineage_alone_that_has_sets_from_the_future(lab: Lab) -> None:
+    """Forged times, or a wrong clock: nothing goes until a person has looked, and then all is as ever."""
+    day = 24 * 3600 * 1_000_000
+    ids = three_sets(lab)
+    others = [lab.backup("other", sda=noise(n)).id for n in (3, 4)]
+    forged = [lab.backup(sda=noise(5), created=now() + (n + 2) * day).id for n in range(3)]
+    told = Silent()
+    plan = forgetting.plan_rules(lab.repository, Rules(last=1, daily=3), told)
+    by_name = {one.name: one for one in plan.lineages}
+    assert {one.set for one in by_name["d"].choices} == {*ids, *forged}
+    assert all("in the future" in one.reasons[0] for one in by_name["d"].choices)
+    # Only that lineage: the others are thinned.
+    assert [one.id for one in plan.doomed] == others[:1]
+    [warning] = told.warnings
+    assert "no set of d of host is forgotten" in warning and "and 2 more" in warning
+    assert forgetting.execute(lab.repository, plan, Silent()).forgotten == tuple(others[:1])
+    # A person has looked, and lets the forged ones go by name.
+    forget(lab, *forged)
+    plan = forgetting.plan_rules(lab.reopen(), Rules(last=1), Silent(), names=["d"])
+    assert {one.id for one in plan.doomed} == set(ids[:-1])
+
+
+def test_a_clock_that_is_a_little_ahead_stops_no_rules(lab: Lab) -> None:
+    ids = three_sets(lab)
+    late = lab.backup(sda=noise(5), created=now() + 3600 * 1_000_000).id
+    told = Silent()
+    plan = forgetting.plan_rules(lab.repository, Rules(last=1), told)
+    assert {one.id for one in plan.doomed} == set(ids[:-1])
+    [choice] = [one for one in plan.lineages[0].choices if one.set == late]
+    assert choice.doubt is not None and len(told.warnings) == 1
 
 
 def test_a_lineage_keeps_its_last_set(lab: Lab) -> None:

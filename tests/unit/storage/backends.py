@@ -44,6 +44,13 @@ def moto(request: pytest.FixtureRequest) -> Iterator[Place]:
 
 
 @contextmanager
+def locked(request: pytest.FixtureRequest) -> Iterator[Place]:
+    """A bucket that keeps versions and locks each of them at upload."""
+    url = request.getfixturevalue("locking_s3").url
+    yield Place(url, lambda: open_storage(url))
+
+
+@contextmanager
 def ssh(request: pytest.FixtureRequest) -> Iterator[Place]:
     server = request.getfixturevalue("sshd")
     request.getfixturevalue("owner").use(request.getfixturevalue("monkeypatch"))
@@ -63,5 +70,6 @@ BACKENDS: dict[str, Callable[[pytest.FixtureRequest], AbstractContextManager[Pla
     "folder": folder,
     "s3s": s3s,
     "moto": moto,
+    "locked": locked,
     "ssh": ssh,
 }

@@ -14,7 +14,7 @@ from imager.storage import location, spool
 from imager.storage.base import Storage
 from imager.storage.errors import AlreadyExists, NotFound, Unavailable
 from imager.storage.folder import FolderStorage
-from imager.storage.limit import Limited, Limits
+from imager.storage.limit import Limited, Limits, Paces
 from imager.storage.object_store import ObjectStorage
 from imager.storage.rehearsal import Faulty, Recording
 from imager.storage.retry import FIRST_PATIENCE, PATIENCE, Retrying
@@ -116,7 +116,7 @@ class Clock:
 
 def test_rates_are_kept(folder: FolderStorage) -> None:
     clock = Clock()
-    storage = Limited(folder, Limits(upload=1000, download=500), clock=clock, sleep=clock.sleep)
+    storage = Limited(folder, Paces(Limits(1000, 500), clock=clock, sleep=clock.sleep))
     for number in range(10):
         storage.create(f"sets/{number}", bytes(1000))
     assert 9 <= clock.now - 1000 <= 10  # 10,000 bytes at 1,000 a second, the last one on its way
@@ -129,10 +129,37 @@ def test_rates_are_kept(folder: FolderStorage) -> None:
     assert len(storage.read("packs/00")) == 5000
     storage.read("sets/0", 0, 10)
     assert 19 <= clock.now - begun <= 21
-    free = Limited(folder, Limits(), sleep=clock.sleep)
+    free = Limited(folder, Paces(Limits(), sleep=clock.sleep))
     begun = clock.now
     free.create("sets/free", bytes(10**6))
     assert clock.now == begun
+
+
+def test_storages_that_share_their_paces_keep_the_rate_together(
+    folder: FolderStorage, tmp_path: Path
+) -> None:
+    clock = Clock()
+    paces = Paces(Limits(upload=1000, download=500), clock=clock, sleep=clock.sleep)
+    first, second = Limited(folder, paces), Limited(FolderStorage(str(tmp_path / "r")), paces)
+    first.create("sets/a", bytes(2000))
+    begun = clock.now
+    second.create("sets/b", bytes(10))
+    assert clock.now - begun == 2.0
+    begun = clock.now
+    for storage in (first, second, first):
+        storage.read("sets/a", 0, 1000)
+    assert clock.now - begun == 4.0
+
+
+def test_what_is_read_in_place_cannot_pass_a_limit_by(folder: FolderStorage) -> None:
+    clock = Clock()
+    folder.create("sets/a", bytes(2000))
+    assert Limited(folder, Paces(Limits(upload=5))).local
+    storage = Limited(folder, Paces(Limits(download=500), clock=clock, sleep=clock.sleep))
+    assert not storage.local
+    os.close(storage.open("sets/a"))
+    storage.read("sets/a", 0, 1)
+    assert clock.now - 1000 == 4.0
 
 
 def test_uploads_under_way_are_bounded_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +233,7 @@ def test_addresses(tmp_path: Path) -> None:
     assert far.url == "s3://bucket/some/prefix" and not far.local
     assert isinstance(far, Retrying) and isinstance(location.bare(far), ObjectStorage)
     assert location.local_path(far) is None
-    limited = location.open_storage(str(tmp_path), Limits(upload=5))
+    limited = location.open_storage(str(tmp_path), Paces(Limits(upload=5)))
     assert isinstance(limited, Limited) and location.local_path(limited) == str(tmp_path)
 
 
