@@ -21,7 +21,7 @@ from imager.changes.holes import Holes
 from imager.changes.provider import ZERO as ELSEWHERE_ZERO
 from imager.changes.provider import Base, Changes, Request, Unknown
 from imager.changes.scan import HashScan
-from imager.engine import layouts
+from imager.engine import layouts, unused
 from imager.engine.backup_plan import (
     STRATEGIES,
     BackupOptions,
@@ -33,6 +33,7 @@ from imager.engine.backup_plan import (
 )
 from imager.engine.imaging import Figures, Imaged, Imaging, Settings, read_failed
 from imager.engine.source import Opened, SourcePlan, open_source
+from imager.engine.unused import Unused
 from imager.errors import ImagerError
 from imager.events import Reporter
 from imager.extents import Extents
@@ -67,6 +68,7 @@ class ImageSummary(Struct, frozen=True):
     bytes_read: int
     bytes_stored: int
     unreadable: tuple[tuple[int, int], ...]
+    blocks_unused: int = 0
 
 
 class BackupSummary(Struct, frozen=True):
@@ -129,6 +131,7 @@ class _Lane(Struct):
     elsewhere: int | None
     change_source: str
     sampled: int = 0
+    unused: Unused = Unused()
     layout: layouts.Capture | None = None
     imaging: Imaging | None = None
     imaged: Imaged | None = None
@@ -175,6 +178,7 @@ def _lane(
     opened = open_source(source)
     try:
         changes, sampled = _changes(repository, plan, source, opened, base, reporter)
+        out = unused.find(opened, plan.block_size, reporter) if plan.options.used_blocks else Unused()
     except BaseException:
         opened.close()
         raise
@@ -186,8 +190,11 @@ def _lane(
         wanted |= unread.clip(opened.size).blocks(plan.block_size)
         if lost and lost != plan.base_manifest.content.lost:
             wanted |= missing.blocks(repository, base, known)
+        gone = unused.left_out(repository, plan.base_manifest, base)
+        wanted |= gone.clip(-(-opened.size // plan.block_size))
+    wanted -= out.blocks
     layout = layouts.Capture(source, opened)
-    return _Lane(source, opened, base, wanted, elsewhere, changes.source, sampled, layout)
+    return _Lane(source, opened, base, wanted, elsewhere, changes.source, sampled, out, layout)
 
 
 def _changes(
@@ -362,7 +369,7 @@ def _run(
         images=tuple(images),
         strategy=plan.strategy,
         base=plan.base,
-        changes=[summary.change_source for summary in summaries],
+        changes=[lane.unused.told(lane.change_source) for lane in lanes],
         stats=_stats(summaries, session.stored),
         tags=plan.options.tags,
         started=started,
@@ -403,7 +410,7 @@ def _image(lane: _Lane) -> None:
             if fd:
                 os.close(fd)
         return
-    lane.imaged = lane.imaging.read(lane.opened, lane.wanted, lane.elsewhere)
+    lane.imaged = lane.imaging.read(lane.opened, lane.wanted, lane.elsewhere, lane.unused.blocks)
 
 
 def _image_all(lanes: list[_Lane]) -> None:
@@ -474,6 +481,7 @@ def _summary(plan: BackupPlan, lane: _Lane) -> ImageSummary:
         bytes_read=figures.bytes_read + lane.sampled * plan.block_size,
         bytes_stored=figures.bytes_stored,
         unreadable=lane.imaged.unreadable,
+        blocks_unused=lane.unused.blocks.total,
     )
 
 

@@ -7,14 +7,14 @@ damaged map page is an error unless the caller asks to be told instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from msgspec import Struct, field
 
-from imager._native import DATA, ZERO
+from imager._native import DATA, UNUSED, ZERO
 from imager.engine.compare import Geometry
-from imager.engine.windows import Ranges, Window, windows
+from imager.engine.windows import Piece, Ranges, Window, windows
 from imager.errors import IntegrityError, UsageError
 from imager.events import Reporter
 from imager.extents import Extents
@@ -60,6 +60,16 @@ class Image(Struct):
             yield window
         if kept is not None and not damaged:
             self._kept = kept
+
+    def used_windows(self, on_damage: OnDamage | None = None) -> Iterator[Window]:
+        """The map without the blocks that were not in use: what a comparison with a source can hold it to."""
+
+        def told(first: int, count: int, reason: str) -> None:
+            self._raise(first, count, reason) if on_damage is None else on_damage(first, count, reason)
+
+        for window in windows(_in_use(self.reader.walk(on_damage=told))):
+            _normalise(window)
+            yield window
 
     def part(self, ranges: Extents) -> Iterator[Window]:
         """The map of some ranges of blocks."""
@@ -136,6 +146,20 @@ def _image(repository: Repository, manifest: Manifest, image: imageset.Image) ->
     geometry = Geometry(image.size, image.block_size)
     reader = MapReader(repository, image)
     return Image(repository, manifest, image.disk, geometry, image.unreadable, image.source, reader)
+
+
+def _in_use(walk: Iterable[Piece]) -> Iterator[Piece]:
+    """A walk, less its unused blocks."""
+    for first, count, what in walk:
+        if isinstance(what, int):
+            if what != UNUSED:
+                yield first, count, what
+        elif not what.counts()[1]:
+            yield first, count, what
+        else:
+            out = Extents(tuple((low, high) for kind, low, high in what.runs() if kind == UNUSED))
+            for low, high in out.complement(count):
+                yield first + low, high - low, what.slice(low, high)
 
 
 def _normalise(window: Window) -> None:

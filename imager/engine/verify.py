@@ -150,7 +150,7 @@ class _Work:
         def lost(first: int, count: int, reason: str) -> None:
             blocks.append((first, first + count))
 
-        for window in image.windows(lost):
+        for window in image.used_windows(lost):
             blocks += comparer.differing(window, Extents.of([(0, whole)]))
         self.reporter.end()
         if device.size > geometry.size:

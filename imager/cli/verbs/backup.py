@@ -38,6 +38,12 @@ if TYPE_CHECKING:
 @click.option("--block-size", type=SIZE, metavar="SIZE", help="Block size of a new lineage (4K to 4M).")
 @click.option("--changed", metavar="MAP", help="Read only what MAP names: bmap, ddrescue mapfile or JSON.")
 @click.option(
+    "--used-blocks/--all-blocks",
+    default=False,
+    show_default=True,
+    help="Leave out what no filesystem uses (ext2/3/4, XFS, btrfs): it comes back as zeroes.",
+)
+@click.option(
     "--on-read-error",
     type=click.Choice(["fail", "skip"]),
     default="fail",
@@ -55,6 +61,7 @@ def command(
     compression: str,
     block_size: int | None,
     changed: str | None,
+    used_blocks: bool,
     on_read_error: str,
     tags: tuple[str, ...],
     threads: int,
@@ -78,6 +85,7 @@ def command(
         on_read_error=on_read_error,
         tags=tags,
         threads=threads,
+        used_blocks=used_blocks,
     )
     with shell.reporter() as reporter:
         repository = opening.unlock()
@@ -107,6 +115,7 @@ def _facts(plan: BackupPlan) -> dict[str, object]:
         "block_size": plan.block_size,
         "compression": plan.compression,
         "changed": plan.options.changed,
+        "used_blocks": plan.options.used_blocks,
         "sources": plan.sources,
     }
 
@@ -122,6 +131,9 @@ def _print(shell: Shell, summary: BackupSummary) -> None:
         how = "looked up" if summary.by_content else "changed"
         blocks = f"{changed} {how}, {image.blocks_new} stored, {image.blocks_shared} known"
         shell.print(f"  {image.disk}: {format_size(image.size)}, {read}, {blocks}")
+        if image.blocks_unused:
+            left_out = format_size(image.blocks_unused * image.block_size)
+            shell.print(f"  {image.disk}: {left_out} left out: no filesystem uses them")
         for start, length in image.unreadable:
             shell.print(f"  {image.disk}: UNREADABLE: {length} bytes at {start}")
     read_in_all = sum(image.bytes_read for image in summary.images)
