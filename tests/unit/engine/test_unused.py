@@ -202,6 +202,24 @@ def test_what_is_written_to_meanwhile_is_imaged_whole(place: Workbench, disk: Pa
     place.is_whole([summary.set])
 
 
+def test_swap_space_may_be_in_use_all_the_while(place: Workbench, tmp_path: Path) -> None:
+    """Its pages come and go, and none of them is ever read again."""
+    swap = tmp_path / "swap"
+    swap.write_bytes(random.Random(3).randbytes(8 << 20))
+    command.run(["mkswap", "-q", str(swap)])
+
+    def meddle() -> None:
+        with open(swap, "r+b") as file:
+            file.seek(4096)
+            file.write(bytes(range(256)) * 1024)
+
+    reporter = Meddler(meddle)
+    [image] = place.backup(swap, reporter=reporter).images
+    assert reporter.what is None and not reporter.warnings
+    assert (image.parts[0].kind, image.parts[0].every_block) == ("swap", "")
+    assert image.bytes_used == 2 * EDGE
+
+
 def test_one_of_several_sources_that_is_written_to(place: Workbench, disk: Path, tmp_path: Path) -> None:
     """The others keep their maps."""
     other = tmp_path / "other"
