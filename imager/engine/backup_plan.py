@@ -27,7 +27,10 @@ _CODECS = {"none": 0, "lz4": 1, "zstd": 2}
 
 
 class BackupOptions(Struct, frozen=True):
-    """What is asked for. `block_size` in bytes, None: by device size or base. `changed`: a map file."""
+    """What is asked for. `block_size` in bytes, None: by device size or base. `changed`: a map file.
+
+    `used_blocks`: leave out what no filesystem uses, where its maps are believed.
+    """
 
     name: str | None = None
     strategy: str = "auto"
@@ -37,6 +40,7 @@ class BackupOptions(Struct, frozen=True):
     on_read_error: str = "fail"
     tags: tuple[str, ...] = ()
     threads: int = 0
+    used_blocks: bool = True
 
 
 class BackupPlan(Struct, frozen=True):
@@ -72,6 +76,8 @@ class BackupPlan(Struct, frozen=True):
             lines.append(f"  {source.path} as {source.disk}: {size}{', ' + what if what else ''}")
         if self.options.changed:
             lines.append(f"  changed blocks by {self.options.changed}, where it fits the base set")
+        if not self.options.used_blocks:
+            lines.append("  blocks that no filesystem uses are imaged, too")
         return lines
 
 

@@ -168,6 +168,7 @@ def _set_and_file(image: Image, device: Readable, reporter: Reporter, threads: i
     blocks: list[tuple[int, int]] = [(whole, geometry.blocks)]
     for window in image.windows():
         blocks += comparer.differing(window, Extents.of([(0, whole)]))
+        reporter.advance(geometry.total(window.unused))
     reporter.end()
     return geometry.extents(Extents.of(blocks))
 

@@ -71,14 +71,15 @@ class Image(Struct):
             yield from _cut(window, ranges)
 
     def totals(self, on_damage: OnDamage | None = None) -> tuple[int, int]:
-        """(bytes in blocks that hold data, blocks of zeroes). Reads the map. Raises `IntegrityError`."""
-        data = zero = 0
+        """Bytes in blocks that hold data, and in unused ones. Reads the map. Raises `IntegrityError`."""
+        data = unused = 0
         for window in self.windows(on_damage):
             more = window.data()
-            data, zero = data + more[0] * self.geometry.block_size, zero + more[1]
+            data += more[0] * self.geometry.block_size
+            unused += self.geometry.total(window.unused)
             if more[0] and window.end == self.geometry.blocks and self._ends_in_data(window):
                 data -= self.geometry.blocks * self.geometry.block_size - self.geometry.size
-        return data, zero
+        return data, unused
 
     @staticmethod
     def _ends_in_data(window: Window) -> bool:
@@ -133,9 +134,8 @@ def _image(repository: Repository, manifest: Manifest, image: imageset.Image) ->
 
 
 def _normalise(window: Window) -> None:
-    """What is unused or was unreadable comes back as zeroes, so that is what it is compared with."""
-    _, unused, lost, _ = window.slots.counts()
-    if unused or lost:
+    """What was unreadable comes back as zeroes, so that is what it is compared with."""
+    if window.slots.counts()[2]:
         for kind, start, end in window.slots.runs():
             if kind not in (DATA, ZERO):
                 window.slots.fill(start, end, ZERO)
@@ -144,8 +144,9 @@ def _normalise(window: Window) -> None:
 def _cut(window: Window, ranges: Extents) -> Iterator[Window]:
     """The part of a window that lies in `ranges`."""
     runs: Ranges = list((Extents(tuple(window.runs)) & ranges).ranges)
+    unused: Ranges = list((Extents(tuple(window.unused)) & ranges).ranges)
     for part, slots in window.select(ranges, max(1, len(window.slots))):
-        yield Window(part[0][0], part[-1][1], slots, part, runs)
-        runs = []
-    if runs:
-        yield Window(runs[0][0], runs[-1][1], runs=runs)
+        yield Window(part[0][0], part[-1][1], slots, part, runs, unused)
+        runs, unused = [], []
+    if rest := [*runs, *unused]:
+        yield Window(min(rest)[0], max(end for _, end in rest), runs=runs, unused=unused)

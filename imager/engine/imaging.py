@@ -9,13 +9,13 @@ pack is sealed early before they become too many.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import groupby
 
 from msgspec import Struct
 
 from imager import _native
-from imager._native import Slots
+from imager._native import UNUSED, Slots
 from imager.engine.source import Opened
 from imager.errors import ImagerError, SourceError
 from imager.events import Reporter
@@ -35,6 +35,10 @@ _SLOW_SEGMENT = 8 << 20
 _STREAM = 32 << 20
 _MAX_PENDING = 2048
 _MAX_LEAVES = 1024
+
+
+_Work = tuple[Leaf, list[tuple[int, int]], Extents]
+"A leaf, the ranges of blocks to read, and those that are not in use."
 
 
 class Figures(Struct):
@@ -103,53 +107,76 @@ class Imaging:
         self.stopped = False
         self.figures = Figures()
 
+    def follow(self, earlier: Imaging) -> None:
+        """Take the place of one that has to be begun anew: what it read and stored counts, too."""
+        for name in ("blocks_read", "blocks_new", "bytes_read", "bytes_stored"):
+            setattr(self.figures, name, getattr(earlier.figures, name))
+        # Whoever wanted to stop the work may have told the other one.
+        self.stopped = self.stopped or earlier.stopped
+
     # --- files and devices -------------------------------------------------------------
 
-    def read(self, source: Opened, wanted: Extents, elsewhere: int | None) -> Imaged:
-        """Image `source`. `wanted`: ranges of blocks to read; the others are of type
-        `elsewhere`, or as in the base where that is None.
+    def read(
+        self, source: Opened, wanted: Extents, elsewhere: int | None, unused: Extents | None = None
+    ) -> Imaged:
+        """Image `source`. `wanted`: ranges of blocks to read; those of `unused` are not in use, and
+        not read; the others are of type `elsewhere`, or as in the base where that is None.
 
         Raises `SourceError`, `StorageError`.
         """
-        if elsewhere is None and (untold := self._writer.untold(wanted)):
+        unused = unused or Extents()
+        if elsewhere is None and (untold := self._writer.untold(wanted | unused)):
             wanted |= untold
             self._warn_once()
-        batch: list[tuple[Leaf, list[tuple[int, int]]]] = []
+        wanted -= unused
+        whole, parts = _unused_leaves(unused, self._writer.blocks)
+        batch: list[_Work] = []
         blocks = 0
         position = 0
-        for number, ranges in _by_leaf(wanted):
-            if elsewhere is not None:
-                self._writer.uniform(position, number, elsewhere)
+        for number, ranges in _by_leaf(wanted, parts):
+            self._gap(position, number, elsewhere, whole)
             position = number + 1
             leaf = self._leaf(number)
+            out = parts.get(number, Extents())
             if elsewhere is None and not leaf.known:
                 # The base does not tell what the unread blocks of this leaf are.
-                ranges = [(number * PAGE_SLOTS, number * PAGE_SLOTS + len(leaf.slots))]
-            batch.append((leaf, ranges))
+                start = number * PAGE_SLOTS
+                ranges = list(Extents.of([(start, start + len(leaf.slots))]) - out)
+            batch.append((leaf, ranges, out))
             blocks += sum(end - start for start, end in ranges)
             if blocks * self._settings.block_size >= self._settings.segment or len(batch) >= _MAX_LEAVES:
                 self._scan(batch, source, elsewhere)
                 batch, blocks = [], 0
         if batch:
             self._scan(batch, source, elsewhere)
-        if elsewhere is not None:
-            self._writer.uniform(position, -(-self._writer.blocks // PAGE_SLOTS), elsewhere)
+        self._gap(position, -(-self._writer.blocks // PAGE_SLOTS), elsewhere, whole)
         source.check_unchanged()
         return self._finish()
 
-    def _scan(
-        self, batch: list[tuple[Leaf, list[tuple[int, int]]]], source: Opened, elsewhere: int | None
-    ) -> None:
+    def _gap(self, start: int, end: int, elsewhere: int | None, whole: Extents) -> None:
+        """Leaves `[start, end)` of which nothing is read: not in use, or what all else is."""
+        if start >= end:
+            return
+        here = Extents.of([(start, end)])
+        gaps = [(low, high, UNUSED) for low, high in whole & here]
+        if elsewhere is not None:
+            gaps += [(low, high, elsewhere) for low, high in here - whole]
+        for low, high, kind in sorted(gaps):
+            self._writer.uniform(low, high, kind)
+
+    def _scan(self, batch: list[_Work], source: Opened, elsewhere: int | None) -> None:
         """Read what a batch of leaves needs, in calls of about `SEGMENT` bytes, then put the leaves."""
         most = max(1, self._settings.segment // self._settings.block_size)
         ranges: list[tuple[int, int]] = []
         base = Slots()
         parts: list[tuple[Leaf, int, int, int]] = []
-        for leaf, wanted in batch:
+        for leaf, wanted, unused in batch:
             first = leaf.index * PAGE_SLOTS
-            known = leaf.slots if elsewhere is None else leaf.slots.copy()
+            known = leaf.slots if elsewhere is None and not unused else leaf.slots.copy()
             if elsewhere is not None:
                 leaf.slots.fill(0, len(leaf.slots), elsewhere)
+            for low, high in unused:
+                leaf.slots.fill(low - first, high - first, UNUSED)
             for low, high in wanted:
                 while low < high:
                     end = min(high, low + most - len(base))
@@ -165,7 +192,7 @@ class Imaging:
                         ranges, base, parts = [], Slots(), []
         if ranges:
             self._place(self._call(source.fd, ranges, base, source), parts)
-        for leaf, _ in batch:
+        for leaf, _, _ in batch:
             self._writer.put(leaf)
         self._settle()
 
@@ -323,10 +350,35 @@ def read_failed(path: str, error: _native.ReadError) -> ImagerError:
     return SourceError(f"{path} cannot be read{at}: {said}", hint=hint)
 
 
-def _by_leaf(wanted: Extents) -> Iterator[tuple[int, list[tuple[int, int]]]]:
-    """Ranges of blocks, leaf by leaf."""
+def _by_leaf(wanted: Extents, parts: Mapping[int, Extents]) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+    """Ranges of blocks, leaf by leaf; leaves of `parts` come too where nothing of them is wanted."""
+    left = iter(sorted(parts))
+    part = next(left, None)
     for number, ranges in groupby(wanted.cut(PAGE_SLOTS), key=lambda piece: piece[0] // PAGE_SLOTS):
+        while part is not None and part <= number:
+            if part < number:
+                yield part, []
+            part = next(left, None)
         yield number, list(ranges)
+    while part is not None:
+        yield part, []
+        part = next(left, None)
+
+
+def _unused_leaves(unused: Extents, blocks: int) -> tuple[Extents, dict[int, Extents]]:
+    """Ranges of leaves that are not in use throughout; of the other leaves, which blocks are not."""
+    whole: list[tuple[int, int]] = []
+    parts: dict[int, list[tuple[int, int]]] = {}
+    for start, end in unused:
+        first = -(-start // PAGE_SLOTS)
+        last = end // PAGE_SLOTS if end < blocks else -(-blocks // PAGE_SLOTS)
+        if first >= last:
+            first = last = -(-end // PAGE_SLOTS)
+        whole.append((first, last))
+        for low, high in ((start, min(end, first * PAGE_SLOTS)), (max(start, last * PAGE_SLOTS), end)):
+            for piece in Extents.of([(low, high)]).cut(PAGE_SLOTS):
+                parts.setdefault(piece[0] // PAGE_SLOTS, []).append(piece)
+    return Extents.of(whole), {number: Extents.of(pieces) for number, pieces in parts.items()}
 
 
 def _fill(fd: int, path: str, buffer: memoryview) -> int:

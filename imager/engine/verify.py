@@ -152,6 +152,7 @@ class _Work:
 
         for window in image.windows(lost):
             blocks += comparer.differing(window, Extents.of([(0, whole)]))
+            self.reporter.advance(geometry.total(window.unused))
         self.reporter.end()
         if device.size > geometry.size:
             self.reporter.note(f"{device.path} is larger than the image: the rest was not compared")

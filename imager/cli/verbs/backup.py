@@ -38,6 +38,12 @@ if TYPE_CHECKING:
 @click.option("--block-size", type=SIZE, metavar="SIZE", help="Block size of a new lineage (4K to 4M).")
 @click.option("--changed", metavar="MAP", help="Read only what MAP names: bmap, ddrescue mapfile or JSON.")
 @click.option(
+    "--used-blocks/--all-blocks",
+    default=True,
+    show_default=True,
+    help="Leave out what no filesystem uses, or image it all the same.",
+)
+@click.option(
     "--on-read-error",
     type=click.Choice(["fail", "skip"]),
     default="fail",
@@ -55,6 +61,7 @@ def command(
     compression: str,
     block_size: int | None,
     changed: str | None,
+    used_blocks: bool,
     on_read_error: str,
     tags: tuple[str, ...],
     threads: int,
@@ -64,7 +71,9 @@ def command(
 
     A SOURCE is a disk, a partition, an image file, or - for standard input,
     which needs --name. The second backup of the same name stores only what
-    changed; each set is complete by itself all the same.
+    changed; each set is complete by itself all the same. Blocks that no
+    filesystem uses are left out, where its own maps can be believed; what
+    is printed says for each partition whether they were, or why not.
     """
     opening = shell.open(writing=True, cached=True)
     from imager.engine import backup
@@ -78,6 +87,7 @@ def command(
         on_read_error=on_read_error,
         tags=tags,
         threads=threads,
+        used_blocks=used_blocks,
     )
     with shell.reporter() as reporter:
         repository = opening.unlock()
@@ -107,6 +117,7 @@ def _facts(plan: BackupPlan) -> dict[str, object]:
         "block_size": plan.block_size,
         "compression": plan.compression,
         "changed": plan.options.changed,
+        "used_blocks": plan.options.used_blocks,
         "sources": plan.sources,
     }
 
@@ -122,6 +133,8 @@ def _print(shell: Shell, summary: BackupSummary) -> None:
         how = "looked up" if summary.by_content else "changed"
         blocks = f"{changed} {how}, {image.blocks_new} stored, {image.blocks_shared} known"
         shell.print(f"  {image.disk}: {format_size(image.size)}, {read}, {blocks}")
+        for part in image.parts:
+            shell.print(f"    {part.describe()}")
         for start, length in image.unreadable:
             shell.print(f"  {image.disk}: UNREADABLE: {length} bytes at {start}")
     read_in_all = sum(image.bytes_read for image in summary.images)
