@@ -293,6 +293,20 @@ def is_sealed(repository: Repository, raw: bytes) -> bool:
 
 def seal_problem(repository: Repository, public: Public, raw: bytes) -> str | None:
     """Why a manifest's seal does not count (what follows "image set 12ab"); None where it does."""
+    fault = signature_problem(repository, public, raw)
+    if fault is None and public.writer is not None and is_revoked(repository, public, raw):
+        return f"is signed by the key of writer {public.writer.label}, which had been revoked"
+    return fault
+
+
+def is_revoked(repository: Repository, public: Public, raw: bytes) -> bool:
+    """Whether a set is by a writer that was revoked, and not among those of it that still count."""
+    kept = repository.revoked().get(public.writer.writer) if public.writer is not None else None
+    return kept is not None and _native.blake3(raw) not in kept
+
+
+def signature_problem(repository: Repository, public: Public, raw: bytes) -> str | None:
+    """As `seal_problem`, but for revocations: whether the signature is that of somebody who may sign."""
     message = _native.blake3(b"imager set v1" + raw[:-_SEAL])
     foreign = "is damaged or was replaced: its manifest's seal is not by this repository"
     if not repository.sealed:
@@ -302,13 +316,7 @@ def seal_problem(repository: Repository, public: Public, raw: bytes) -> str | No
         if not writers.is_certified(repository.id, signer, writer):
             return "is signed by a writer that this repository never certified"
         signer = bytes.fromhex(writer.public)
-    if not keys.is_signed(signer, raw[-_SEAL:], message):
-        return foreign
-    if writer is not None:
-        kept = repository.revoked().get(writer.writer)
-        if kept is not None and _native.blake3(raw) not in kept:
-            return f"is signed by the key of writer {writer.label}, which had been revoked"
-    return None
+    return None if keys.is_signed(signer, raw[-_SEAL:], message) else foreign
 
 
 def _lineage_misfit(repository: Repository, public: Public, body: Body | None) -> str | None:

@@ -19,7 +19,14 @@ from imager.events import Reporter
 from imager.repository import imageset, index, public, sessions
 from imager.repository.format import KIND_DATA, KIND_MAP, MAPS, PACKS, is_pack_name
 from imager.repository.locator import add_unknown, records_of_all
-from imager.repository.manifest import Public, Root, is_abort_mark, is_sealed, parse_public
+from imager.repository.manifest import (
+    Public,
+    Root,
+    is_abort_mark,
+    is_revoked,
+    parse_public,
+    signature_problem,
+)
 from imager.repository.repository import Repository
 from imager.repository.sessions import Condemnation
 from imager.storage.errors import NotFound
@@ -39,6 +46,8 @@ class View(Struct):
     sets: dict[str, Public]
     marks: frozenset[str]
     "Sessions that were declared dead."
+    void: frozenset[str]
+    "Sets that do not count, for their writer was revoked before them."
     damaged: dict[str, str]
     "Sets whose manifest is damaged, and how."
 
@@ -50,7 +59,7 @@ class View(Struct):
     @property
     def outcomes(self) -> frozenset[str]:
         """Sessions that have an outcome."""
-        return frozenset(self.sets) | self.marks | frozenset(self.damaged)
+        return frozenset(self.sets) | self.marks | self.void | frozenset(self.damaged)
 
 
 def look(repository: Repository) -> View:
@@ -63,6 +72,7 @@ def look(repository: Repository) -> View:
     opened = {one.id: one for one in sessions.open_sessions(storage, name)}
     sets: dict[str, Public] = {}
     marks: set[str] = set()
+    void: set[str] = set()
     damaged: dict[str, str] = {}
     for set_id, raw in imageset.raw_sets(repository):
         opened.pop(set_id, None)
@@ -71,12 +81,15 @@ def look(repository: Repository) -> View:
             continue
         try:
             found = parse_public(raw, set_id, name)
-            if not is_sealed(repository, raw):
-                raise IntegrityError("its manifest's seal is not by this repository")
-            sets[set_id] = found
+            if (fault := signature_problem(repository, found, raw)) is not None:
+                raise IntegrityError(f"it {fault}")
+            if is_revoked(repository, found, raw):
+                void.add(set_id)  # It never counts, so nothing lives by it, and nobody is to be asked.
+            else:
+                sets[set_id] = found
         except IntegrityError as error:
             damaged[set_id] = error.message
-    return View(condemned, packs, maps, opened, sets, frozenset(marks), damaged)
+    return View(condemned, packs, maps, opened, sets, frozenset(marks), frozenset(void), damaged)
 
 
 def _packs(repository: Repository, prefix: str) -> Iterator[tuple[bytes, int]]:

@@ -21,15 +21,23 @@ def in_order(slots: Sequence[Slot], likely: str) -> list[Slot]:
     So a slot that somebody put there with the highest costs delays only those whose key opens nothing else.
     """
 
+    def cost(slot: Slot) -> int:
+        return slot.kdf.memory_kib * slot.kdf.passes
+
     remembered = next((slot for slot in slots if slot.slot == likely), None)
     if remembered is not None:
-        # A rotation that was killed leaves the old slot beside its new one, which reads more.
-        alike = [slot for slot in slots if (slot.label, slot.role) == (remembered.label, remembered.role)]
+        # A rotation that was killed leaves the old slot beside its new one, which reads more. Label, role and
+        # epochs are in the open: what claims to be that one, and costs more, is not tried before others.
+        alike = [
+            slot
+            for slot in slots
+            if (slot.label, slot.role) == (remembered.label, remembered.role)
+            and cost(slot) <= cost(remembered)
+        ]
         likely = max(alike, key=lambda slot: (max(slot.reads, default=0), slot.slot == likely)).slot
 
     def order(slot: Slot) -> tuple[bool, int, int, str]:
-        cost = slot.kdf.memory_kib * slot.kdf.passes
-        return slot.slot != likely, cost, -max(slot.reads, default=0), slot.slot
+        return slot.slot != likely, cost(slot), -max(slot.reads, default=0), slot.slot
 
     return sorted(slots, key=order)
 

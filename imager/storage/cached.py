@@ -67,7 +67,8 @@ class Cached(Wrapper):
         found = self._copy(name)
         if found is None:
             fd = super().open(name)
-            self._keep(name, _pieces(fd))
+            if _is_its_name(fd, name):  # A damaged one may be healed there, under this very name.
+                self._keep(name, _pieces(fd))
             return fd
         fd, size = found
         # Without the digest at its end: whoever reads a file to its end gets the object.
@@ -200,6 +201,15 @@ class Cached(Wrapper):
                 break
             os.unlink(path)
             excess -= size
+
+
+def _is_its_name(fd: int, name: str) -> bool:
+    """Whether a map pack is what its name says, of whatever repository."""
+    try:
+        repository = os.pread(fd, 16, 16)
+        return _native.check_pack(fd, bytes.fromhex(name[-64:]), repository, 1).ok
+    except (ValueError, OSError):
+        return False
 
 
 def _pieces(fd: int, size: int | None = None) -> Iterator[bytes]:

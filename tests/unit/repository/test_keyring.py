@@ -34,6 +34,7 @@ from imager.repository.credentials import Credentials
 from imager.repository.format import EPOCHS, REVOKED, SLOTS, canonical
 from imager.repository.keyless import open_keyless
 from imager.repository.keys import Secret
+from imager.repository.prune import Prune, PruneOptions
 from imager.repository.repository import Opening, Repository
 from imager.storage.errors import AlreadyExists, StorageError
 from imager.storage.folder import FolderStorage
@@ -619,6 +620,14 @@ def test_a_revoked_writer_signs_no_more(lab: Lab) -> None:
     assert other.resolve(before.id)
     with pytest.raises(reference.Damaged, match="revoked"):
         other.resolve(listing.problems[0].id)
+    # What does not count keeps no prune from its work, and nothing lives by it.
+    with (
+        open_keyless(FolderStorage(str(lab.root)), writing=True) as keyless,
+        Prune(keyless, PruneOptions(), Silent()) as work,
+    ):
+        summary = work.execute(work.plan())
+    assert summary.packs_deleted == 2
+    assert check(opened(lab, own(lab)), Silent(), read_data="all").problems[0].kind == "set"
     # Without a slot it is named by what it signed; a second time nothing changes.
     assert removal.remove(opened(lab, own(lab)), "db1").kept == 1
     assert writer.secrets.writer is not None

@@ -16,6 +16,7 @@ from imager.errors import IntegrityError, NoRepository, UsageError, WrongKey
 from imager.repository.credentials import Credentials
 from imager.repository.format import KIND_DATA, canonical, config_message
 from imager.repository.repository import Repository
+from imager.storage.cached import Cached
 from imager.storage.folder import FolderStorage
 from imager.storage.location import open_storage
 from tests.unit.repository.building import BLOCK, Lab, noise
@@ -256,3 +257,30 @@ def test_pages_across_the_edge_of_a_chunk_are_whole(lab: Lab, tmp_path: Path) ->
     for offset in (0, (256 << 10) - 4096, (256 << 10) - 1, 256 << 10, (256 << 10) + 5):
         length = min(8000, len(content) - offset)
         assert repository.read_page(number, offset, length) == content[offset : offset + length]
+
+
+def test_no_copy_is_kept_of_a_damaged_map_pack(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be healed where it is, under the same name, and the copy would go on being damaged."""
+    monkeypatch.setenv("IMAGER_CACHE_DIR", str(tmp_path / "cache"))
+    lab.backup(sda=noise(20))
+    (path,) = lab.paths("maps")
+    name, whole = f"maps/{path.parent.name}/{path.name}", path.read_bytes()
+
+    def opened() -> bytes:
+        storage = Cached(FolderStorage(str(lab.root)))
+        storage.list_names("maps/")
+        with os.fdopen(storage.open(name), "rb") as file:
+            content = file.read()
+        storage.close()
+        return content
+
+    rotten = whole[:200] + bytes([whole[200] ^ 1]) + whole[201:]
+    path.write_bytes(rotten)
+    assert opened() == rotten
+    path.write_bytes(whole)
+    assert opened() == whole
+    path.unlink()
+    path.write_bytes(rotten)
+    assert opened() == whole, "a whole one was kept"
