@@ -103,7 +103,7 @@ class SteppingStorage:
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """When a process is killed: at the `count`th of its calls, or of those of a kind to names with a prefix."""
+    """When a process is killed: at the `count`th of its calls, or of one kind of them."""
 
     count: int
     how: str
