@@ -391,7 +391,7 @@ def test_a_repository_that_is_full_at_forget_and_prune(place: Place, undo: ExitS
 
 
 def test_a_prune_with_hardly_any_room(place: Place, undo: ExitStack) -> None:
-    """What is wholly dead goes first, and needs room for two small objects alone; that makes room for copies."""
+    """What is wholly dead goes first, and needs room for two small objects; that makes room for copies."""
     folder = memory(place.folder / "full", undo, "64m")
     root = folder / "r"
     (place.folder / "r").rename(place.folder / "unused")

@@ -206,9 +206,9 @@ class Director:
             self._kill(actor)
         return True
 
-    def drain(self) -> None:
-        """Let all end; nobody is killed any more."""
-        for actor in self.actors:
+    def drain(self, *, spare: bool = True) -> None:
+        """Let all end; nobody is killed any more, unless they are not to be spared."""
+        for actor in self.actors if spare else ():
             actor.kill = None
         while self.turn():
             pass

@@ -118,10 +118,20 @@ class Round:
         self.counts[kind] += 1
         self.director.start(["--json", *arguments], then=then, kill=kill, weight=weight)
 
-    def kill(self, kind: str) -> Kill:
+    def storm(self) -> None:
+        """Where nobody else is at work prune and sync get far: each is killed where it changes something."""
+        self.director.drain()
+        for kind in self.chance.choices(("prune", "sync", "forget", "prune"), k=4):
+            arguments, then = getattr(self, f"_{kind}")()
+            if arguments is not None:
+                self.counts[kind] += 1
+                self.director.start(["--json", *arguments], then=then, kill=self.kill(kind, turning=True))
+                self.director.drain(spare=False)
+
+    def kill(self, kind: str, *, turning: bool = False) -> Kill:
         """Anywhere, or at a call that changes what others see."""
         how = self.chance.choice(("before", "within", "after"))
-        if kind not in TURNING or self.chance.random() < 0.4:
+        if kind not in TURNING or (self.chance.random() < 0.4 and not turning):
             return Kill(self.chance.choice((self.chance.randrange(1, 15), self.chance.randrange(1, 60))), how)
         call, _, prefix = self.chance.choice(TURNING[kind]).partition(" ")
         return Kill(self.chance.choice((1, 1, 2, 3)), how, call, prefix)
@@ -275,6 +285,8 @@ class Round:
                 self.director.turn()
             while len(self.director.actors) > 5:
                 self.director.turn()
+            if self.chance.random() < 0.04:
+                self.storm()
             if self.chance.random() < 0.03:
                 self.director.drain()
                 self.quiet()
@@ -296,18 +308,19 @@ class Round:
         for set_id in self.chance.sample(site.living, min(most, len(site.living))):
             self.is_right(site, set_id)
 
-    def is_whole(self, site: Site) -> None:
-        """A check finds nothing wrong."""
+    def is_whole(self, site: Site, *, repair: bool = False) -> None:
+        """A check finds nothing wrong, or nothing that a repair does not mend."""
 
         def then(actor: Actor) -> None:
             said = actor.out.read_text()
-            self.expect(actor, {0} if site is self.home else {0, 30})
+            self.expect(actor, {0} if site is self.home or repair else {0, 30})
             lines = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
             (summary,) = (line for line in lines if line["message_type"] == "summary")
             # A sync that is killed leaves sets without announcements, which decide nothing.
             assert {problem["kind"] for problem in summary["problems"]} <= {"session"}, summary
 
-        self.director.start(["--json", "-r", site.url, "check", "--read-data"], then=then, weight=1000.0)
+        words = ["--json", "-r", site.url, "check", "--read-data", *(["--repair"] if repair else [])]
+        self.director.start(words, then=then, weight=1000.0)
         self.director.drain()
 
     def is_right(self, site: Site, set_id: str) -> None:
@@ -324,8 +337,10 @@ class Round:
         assert not lacking, f"the copy lacks {lacking}"
         for site in self.sites:
             self.some_are_right(site)
+            self.is_whole(site, repair=site is self.copy)
             self.plain("-r", site.url, "prune", "--max-unused", "0%")
             self.is_whole(site)
+            self.plain("-r", site.url, "check")
             self.some_are_right(site)
             self.counts["records"] += site.spotless()
 
