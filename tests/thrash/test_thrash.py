@@ -27,7 +27,7 @@ from tests.thrash.backends import BACKENDS, Backend, missing, use
 from tests.thrash.site import Site
 from tests.thrash.stage import Actor, Director, Kill
 
-MINUTES = 0.75
+MINUTES = 0.5
 "For all backends together, where nobody says more."
 BLOCK = 4096
 LINEAGES = ("a", "b", "c")

@@ -342,6 +342,24 @@ def test_a_set_that_is_forgotten_between_others_while_they_are_copied(lab: Lab, 
     is_whole(lab, root, [ids[0], *ids[2:]])
 
 
+def test_what_was_nearly_forgotten_in_the_source_is_not_forgotten_in_the_copy(
+    lab: Lab, tmp_path: Path
+) -> None:
+    """A forget that was killed has left a tombstone and the set: the set counts."""
+    from tests.unit.repository.test_prune import forget
+
+    ids = three(lab)
+    kept = {path: path.read_bytes() for path in (lab.root / "sets" / ids[0], lab.root / "sessions" / ids[0])}
+    forget(lab, ids[0])
+    for path, data in kept.items():
+        path.write_bytes(data)
+    root = tmp_path / "copy"
+    assert copy(lab, root, latest=1).ok
+    is_whole(lab, root, ids[2:])
+    assert copy(lab, root).ok
+    is_whole(lab, root, ids)
+
+
 def test_another_sync_makes_the_copy_meanwhile(lab: Lab, tmp_path: Path) -> None:
     """Between plan and execution, or while the first object is made: it goes on with that copy."""
     ids = three(lab)
