@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from imager import _native
 from imager.events import Reporter
-from imager.repository import checked, index, missing, references, structure
+from imager.repository import checked, index, missing, references, sessions, structure
 from imager.repository.checked import Record, Wish
 from imager.repository.damage import hurt_by_pack
 from imager.repository.findings import Hurt, Problem, Survey
@@ -358,4 +358,11 @@ def _rebuild(found: Survey, done: list[str]) -> list[Problem]:
     swept = repository.storage.sweep()
     if swept:
         done.append(f"removed {len(swept)} files that dead writers left")
-    return [replace(problem, repaired=problem.kind == "index") for problem in found.problems]
+    announced = {problem.object for problem in found.problems if problem.detail == structure.UNANNOUNCED}
+    for name in sorted(announced):
+        if sessions.announce_again(repository.storage, repository.config.repository, name[-32:]):
+            done.append(f"made {name} anew: it was missing")
+    return [
+        replace(problem, repaired=problem.kind == "index" or problem.object in announced)
+        for problem in found.problems
+    ]

@@ -39,8 +39,8 @@ from imager.storage.base import Storage
 from imager.storage.errors import AlreadyExists, NotFound
 
 __all__ = [
-    "Condemnation", "Open", "announce", "condemn", "condemned_packs", "end", "fence", "is_gone",
-    "open_sessions", "read_condemned", "this_process",
+    "Condemnation", "Open", "announce", "announce_again", "condemn", "condemned_packs", "end", "fence",
+    "is_gone", "open_sessions", "read_condemned", "this_process",
 ]  # fmt: skip
 
 MAX_CONDEMNED = 200_000
@@ -122,6 +122,24 @@ def announce(
     value = msgspec.to_builtins(told)
     value["digest"] = session_digest(value)
     storage.create(SESSIONS + session, canonical(value))
+
+
+def announce_again(storage: Storage, repository: str, session: str) -> bool:
+    """Put an announcement into the place of one that a set's writer is known to have made; whether it did.
+
+    It decides nothing, for the session has its outcome. Raises `StorageError`.
+    """
+    told = SessionObject(session, repository, now(), 0, "", 0, (), "", "backup")
+    value = msgspec.to_builtins(told)
+    value["digest"] = session_digest(value)
+    try:
+        storage.create(SESSIONS + session, canonical(value))
+    except AlreadyExists:
+        return False
+    if not storage.exists(SETS + session):
+        end(storage, session)  # The set was forgotten meanwhile: nothing may look like a writer at work.
+        return False
+    return True
 
 
 def end(storage: Storage, session: str) -> None:

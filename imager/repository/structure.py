@@ -58,6 +58,10 @@ from imager.units import count
 _FOOTER = struct.Struct("<8sIIQQ")
 
 
+UNANNOUNCED = "the announcement of an image set's writer is missing"
+"What a sync leaves, too, that is killed between the two: nothing hangs on it."
+
+
 def survey(repository: Repository, reporter: Reporter) -> Survey:
     """Check everything but the payloads of packs. Raises `StorageError` where the storage is gone."""
     reporter.phase("checking the structure", None)
@@ -191,9 +195,7 @@ def _sessions(found: Survey) -> None:
             )
     # Where a set is being forgotten, its announcement goes first.
     for session in sorted(done - names - tombstones.forgotten_ids(found.repository)):
-        found.problems.append(
-            Problem("session", SESSIONS + session, "the announcement of an image set's writer is missing")
-        )
+        found.problems.append(Problem("session", SESSIONS + session, UNANNOUNCED))
 
 
 def _packs(found: Survey) -> None:

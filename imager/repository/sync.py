@@ -285,19 +285,27 @@ def _segment(source: Repository, target: Storage, known: _native.Known, done: _D
 def _commit(source: Repository, target: Storage, todo: SyncPlan, done: _Done) -> None:
     """Make the sets exist, oldest first; those that a damaged pack hurts stay out."""
     hurt = _hurt(source, todo, done)
+
+    def lacks(set_id: str, why: str) -> None:
+        # Before the sets that came after it: else the copy would look as if somebody had taken it away.
+        absent.note(target, source.config.repository, set_id, f"not copied: {why}")
+
     for set_id in todo.absent:
-        absent.note(target, source.config.repository, set_id, "not copied: another choice of sets")
+        lacks(set_id, "another choice of sets")
     for set_id in todo.sets:
         if set_id in hurt:
             done.refuse([Refused(SETS + set_id, f"it is not whole in the source: {hurt[set_id]}")])
+            lacks(set_id, "it is not whole in the source")
             continue
         try:
             raw = source.storage.read(SETS + set_id, 0, MAX_MANIFEST + 1)
         except NotFound:
             done.notes.append(f"image set {set_id} was deleted in the source meanwhile")
+            lacks(set_id, "it was deleted in the source meanwhile")
             continue
         if is_abort_mark(raw) or not is_sealed(source, raw):
             done.refuse([Refused(SETS + set_id, "its manifest is another than it was a moment ago")])
+            lacks(set_id, "its manifest is damaged in the source")
             continue
         parse_public(raw, set_id, source.config.repository)
         copy_small(target, SETS + set_id, raw)

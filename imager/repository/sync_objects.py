@@ -61,12 +61,13 @@ def lacking(planning: Planning, new: Sequence[str], present: Sequence[str]) -> t
     there = set() if planning.creates else set(target.list_names(SESSIONS))
     announced = set(source.storage.list_names(SESSIONS))
     found += [SESSIONS + one for one in (*new, *present) if SESSIONS + one in announced - there]
-    # A tombstone explains a gap; what the copy still has is not forgotten there.
+    # A tombstone explains a gap. What the copy still has is not forgotten there; nor is in the source
+    # what that still has: whoever was to forget it was stopped in the middle.
     there = set() if planning.creates else set(target.list_names(FORGOTTEN))
     tombs = {name for name in source.storage.list_names(FORGOTTEN) if is_id(name.removeprefix(FORGOTTEN))}
     if append_only(target):
         tombs = set()  # A mark that they are absent does as well.
-    kept = {FORGOTTEN + one for one in (*new, *planning.target_sets)}
+    kept = {FORGOTTEN + one for one in (*new, *planning.target_sets, *planning.publics)}
     found += sorted(tombs - there - kept)
     return found, {name.removeprefix(FORGOTTEN) for name in (tombs - kept) | there}
 

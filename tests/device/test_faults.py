@@ -388,3 +388,31 @@ def test_a_repository_that_is_full_at_forget_and_prune(place: Place, undo: ExitS
     assert not place.files("condemned") and not place.files("tmp")
     used = sum(path.stat().st_size for path in place.files("packs"))
     assert used < 1.05 * (2048 + 700) * (4096 + 64 + 16 + 96)
+
+
+def test_a_prune_with_hardly_any_room(place: Place, undo: ExitStack) -> None:
+    """What is wholly dead goes first, and needs room for two small objects; that makes room for copies."""
+    folder = memory(place.folder / "full", undo, "64m")
+    root = folder / "r"
+    (place.folder / "r").rename(place.folder / "unused")
+    os.symlink(root, place.folder / "r")
+    assert place.imager("init", root, "--encryption", "keyfile", "--block-size", "4KiB").code == 0
+    source, chance, ids = place.folder / "disk", random.Random(6), []
+    data = chance.randbytes(12 * MIB)
+    for share in (1.0, 1.0, 0.3):  # The first is replaced as a whole, the second in part.
+        data = chance.randbytes(int(len(data) * share)) + data[int(len(data) * share) :]
+        source.write_bytes(data)
+        ended = place.imager("backup", source, "--name", "disk")
+        assert ended.code == 0
+        ids.append(ended.summary["set"])
+    assert place.imager("forget", *ids[:2]).code == 0
+    stored = {path: path.stat().st_size for path in place.files("packs")}
+    free = os.statvfs(folder)
+    (folder / "ballast").write_bytes(bytes(free.f_bfree * free.f_bsize - (32 << 10)))
+    ended = place.imager("prune", "--max-unused", "0%")
+    assert ended.code == 0, ended
+    assert ended.summary["packs_rewritten"] >= 1 and len(set(stored) - set(place.files("packs"))) >= 2
+    check = place.imager("check", "--read-data")
+    assert (check.code, check.summary["problems"]) == (0, []), check
+    ended, out = restored(place, (ids[2], "disk"), place.folder / "out")
+    assert ended.code == 0 and out == data

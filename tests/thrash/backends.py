@@ -25,8 +25,8 @@ class Backend:
     """A kind of storage that is there to be used."""
 
     name: str
-    operations: int
-    "Commands of one round: a far one takes longer for each."
+    operations: tuple[int, int]
+    "Commands of one round, where there is little time and where there is much."
     url: Callable[[str], str]
     "A place's name -> what `imager -r` is told."
     kept: Callable[[str], Path]
@@ -47,7 +47,9 @@ class Backend:
 @contextmanager
 def _folder(arena: Path) -> Iterator[Backend]:
     """A folder."""
-    yield Backend("folder", 60, lambda name: str(arena / name), lambda name: arena / name, {}, lambda: True)
+    yield Backend(
+        "folder", (60, 90), lambda name: str(arena / name), lambda name: arena / name, {}, lambda: True
+    )
 
 
 @contextmanager
@@ -68,7 +70,7 @@ def _s3(arena: Path) -> Iterator[Backend]:
         port = int(environment["AWS_ENDPOINT_URL"].rpartition(":")[2])
         yield Backend(
             "s3",
-            40,
+            (20, 40),
             lambda name: f"s3://{bucket}/{name}",
             lambda name: folder / "objects" / bucket / name,
             environment,
@@ -95,7 +97,7 @@ def _ssh(arena: Path) -> Iterator[Backend]:
     try:
         yield Backend(
             "ssh",
-            30,
+            (12, 30),
             lambda name: server.url(served / name),
             lambda name: served / name,
             client.environment,

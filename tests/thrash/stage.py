@@ -103,7 +103,7 @@ class SteppingStorage:
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """When a process is killed: at the `count`th of its calls, or of those of a kind to names with a prefix."""
+    """When a process is killed: at the `count`th of its calls, or of one kind of them."""
 
     count: int
     how: str
@@ -206,9 +206,9 @@ class Director:
             self._kill(actor)
         return True
 
-    def drain(self) -> None:
-        """Let all end; nobody is killed any more."""
-        for actor in self.actors:
+    def drain(self, *, spare: bool = True) -> None:
+        """Let all end; nobody is killed any more, unless they are not to be spared."""
+        for actor in self.actors if spare else ():
             actor.kill = None
         while self.turn():
             pass

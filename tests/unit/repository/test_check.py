@@ -12,7 +12,7 @@ import pytest
 from imager.errors import ImagerError, UsageError
 from imager.events import Silent
 from imager.repository import check as checking
-from imager.repository import imageset
+from imager.repository import imageset, sessions
 from imager.repository.check import Summary, check
 from imager.repository.session import Session
 from tests.unit.repository.building import BLOCK, Lab, noise
@@ -226,7 +226,7 @@ def test_unfinished_sessions_and_their_packs_are_no_damage(lab: Lab) -> None:
     summary = run(lab)
     assert summary.ok
     assert any(session.id in note for note in summary.notes)
-    assert any("belong to no image set" in note for note in summary.notes)
+    assert any("belongs to no image set" in note for note in summary.notes)
 
 
 def test_repair_sets_damage_aside_and_the_next_backup_heals(lab: Lab) -> None:
@@ -258,6 +258,21 @@ def test_repair_sets_damage_aside_and_the_next_backup_heals(lab: Lab) -> None:
     assert claimed(after, healed) == []
     assert any(before.values()) and after.ok, "what was stored again is found by its id"
     assert [claimed(after, set_id) for set_id in ids] == [[], []]
+
+
+def test_repair_makes_a_missing_announcement_anew(lab: Lab) -> None:
+    """It decides nothing: a sync that was killed leaves a set without one, too."""
+    ids = two_sets(lab)
+    (lab.root / "sessions" / ids[0]).unlink()
+    assert [problem.kind for problem in run(lab).problems] == ["session"]
+    summary = run(lab, repair=True)
+    assert summary.ok and [one for one in summary.repaired if ids[0] in one]
+    after = run(lab)
+    assert after.ok and not after.problems
+    assert sessions.open_sessions(lab.storage, lab.repository.config.repository) == []
+    # A set that is forgotten just then: what nobody looks for must not look like a writer at work.
+    assert not sessions.announce_again(lab.storage, lab.repository.config.repository, "ab" * 16)
+    assert sessions.open_sessions(lab.storage, lab.repository.config.repository) == []
 
 
 def test_repair_of_the_index_alone_leaves_a_whole_repository(lab: Lab) -> None:

@@ -327,6 +327,39 @@ def test_a_prune_of_the_copy_that_ends_while_a_sync_looks(lab: Lab, tmp_path: Pa
     other.repository.close()
 
 
+def test_a_set_that_is_forgotten_between_others_while_they_are_copied(lab: Lab, tmp_path: Path) -> None:
+    """The copy tells why its chain has a gap, though the tombstone came too late to be copied."""
+    from tests.unit.repository.test_prune import forget
+
+    ids = three(lab)
+    root = tmp_path / "copy"
+    with open_keyless(FolderStorage(str(lab.root))) as source:
+        made = sync.plan(source, FolderStorage(str(root)), Wishes())
+        forget(lab, ids[1])
+        done = sync.execute(source, FolderStorage(str(root)), Wishes(), made, Silent())
+    assert done.ok and list(done.sets) == [ids[0], *ids[2:]]
+    assert any(ids[1] in note for note in done.notes)
+    is_whole(lab, root, [ids[0], *ids[2:]])
+
+
+def test_what_was_nearly_forgotten_in_the_source_is_not_forgotten_in_the_copy(
+    lab: Lab, tmp_path: Path
+) -> None:
+    """A forget that was killed has left a tombstone and the set: the set counts."""
+    from tests.unit.repository.test_prune import forget
+
+    ids = three(lab)
+    kept = {path: path.read_bytes() for path in (lab.root / "sets" / ids[0], lab.root / "sessions" / ids[0])}
+    forget(lab, ids[0])
+    for path, data in kept.items():
+        path.write_bytes(data)
+    root = tmp_path / "copy"
+    assert copy(lab, root, latest=1).ok
+    is_whole(lab, root, ids[2:])
+    assert copy(lab, root).ok
+    is_whole(lab, root, ids)
+
+
 def test_another_sync_makes_the_copy_meanwhile(lab: Lab, tmp_path: Path) -> None:
     """Between plan and execution, or while the first object is made: it goes on with that copy."""
     ids = three(lab)
