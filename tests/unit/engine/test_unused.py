@@ -95,7 +95,8 @@ def holds(place: Workbench, text: str, disk: Path) -> None:
     place.gives(text, {disk.name: left(disk)}, old=disk.read_bytes())
     assert kinds(place, text)[UNUSED] == in_use(disk).complement(SIZE // BLOCK)
     with place.open(writing=False) as repository:
-        assert verify(repository, text, Silent(), against=str(disk)).ok
+        verified = verify(repository, text, Silent(), against=str(disk))
+        assert verified.ok and verified.unused == SIZE - in_use(disk).total * BLOCK
         assert not diff(repository, text, str(disk), Silent()).differs
 
 
