@@ -120,9 +120,7 @@ class Unused(Struct, frozen=True):
         return tuple(
             at
             for at in mine
-            if not isinstance(answer := now[at].answer, Used)
-            or answer.extents != _extents(self.parts[at])
-            or _state(opened, now[at]) != self.states[at]
+            if now[at].answer != self.parts[at].answer or _state(opened, now[at]) != self.states[at]
         )
 
     def without(self, moved: Iterable[int]) -> Unused:

@@ -93,7 +93,8 @@ def _by_used_blocks(summary: lab.LabSummary) -> None:
     rows = {row.step: row for row in summary.rows}
     for name in summary.filesystems:
         row = rows[f"full: used blocks of {name}"]
-        assert row.bytes_read and "in use" in row.remark
+        assert row.bytes_read and row.bytes_used and row.bytes_total and "in use" in row.remark
+        assert row.bytes_read <= row.bytes_used < row.bytes_total / 2
     [restored] = [row for row in summary.rows if row.step == "restore"]
     assert restored.bytes_written and restored.bytes_written < WHOLE / 2
     assert "noise elsewhere" in rows["compare the disks"].remark
