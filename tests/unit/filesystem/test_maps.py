@@ -15,7 +15,7 @@ from imager.filesystem.used import Unknown, Used
 from tests.samples import KINDS, PAGE, Sample
 
 MIB = 1 << 20
-CRASHED = "its journal is not replayed (needs_recovery): it is mounted, or was not unmounted cleanly"
+CRASHED = "its journal is on another device, or missing"
 
 
 @pytest.fixture
