@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from imager.filesystem import maps
 from imager.filesystem.used import Unknown, Used
-from tests.samples import KINDS, PAGE, Sample
+from tests.samples import KINDS, PAGE, UNREPLAYED, Sample
 
 EXAMPLES = 150 * int(os.environ.get("IMAGER_FUZZ", "1"))
 NUMBERS = st.one_of(
@@ -37,7 +37,7 @@ def fd() -> Iterator[int]:
         yield file.fileno()
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", KINDS | UNREPLAYED)
 def test_damage(name: str, fd: int) -> None:
     sample = Sample(name)
     os.ftruncate(fd, 0)

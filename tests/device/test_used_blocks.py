@@ -68,6 +68,10 @@ EXT = [
     "-t ext4 -g 1024 -b 1024 -N 20000",
     "-t ext4 -J size=4 -m 0 -E lazy_itable_init=0,lazy_journal_init=0",
     "-t ext4 -E packed_meta_blocks=1",
+    "-t ext4 -O orphan_file",
+    "-t ext4 -O fast_commit,quota,project",
+    "-t ext4 -O ^extents,^64bit -I 128",
+    "-t ext4 -O bigalloc,meta_bg,^resize_inode,sparse_super2 -C 8192",
 ]
 XFS = [
     "",
@@ -88,6 +92,8 @@ XFS = [
     "-l su=262144",
     "-l version=1 -m crc=0",
     "-l agnum=2",
+    "-i size=2048 -n size=16384",
+    "-d agcount=7 -m reflink=1,rmapbt=1,inobtcount=1 -i sparse=1",
 ]
 BTRFS = [
     "",
@@ -101,6 +107,8 @@ BTRFS = [
     "--checksum blake2",
     "-O ^no-holes,^skinny-metadata -R ^free-space-tree",
     "-R quota",
+    "--mixed -d dup -m dup",
+    "-m single -d single --nodesize 32768",
 ]
 CASES = [("ext", o) for o in EXT] + [("xfs", o) for o in XFS] + [("btrfs", o) for o in BTRFS]
 SIZES = {"ext": 96 * MIB + 5120, "xfs": 448 * MIB + 4096, "btrfs": 256 * MIB + 8192}
@@ -261,7 +269,9 @@ def test_pulled_out(kind: str, options: str, seed: int, place: Path) -> None:
         return
     assert isinstance(answer, Used), answer
     log = "its tree log, not replayed yet, is taken along"
-    assert answer.note.startswith(log if kind == "btrfs" else "its journal, not replayed yet, is replayed into")
+    assert answer.note.startswith(
+        log if kind == "btrfs" else "its journal, not replayed yet, is replayed into"
+    )
     assert answer.extents.total < image.stat().st_size // 2
     fs.restore_used(copied, answer.extents, target)
     with fs.mount(kind, target) as root:

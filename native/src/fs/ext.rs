@@ -26,6 +26,7 @@ pub fn probe<R: ReadAt>(disk: &Disk<R>) -> Option<&'static str> {
 pub fn used<R: ReadAt>(disk: &Disk<R>) -> Sure<Used> {
     let layout = Layout::parse(&disk.read(SUPER.0, SUPER.1)?.view(), disk.size())?;
     if !layout.unreplayed {
+        jbd2::is_empty(disk, &layout)?;
         return Ok(Used { ranges: ranges(disk, &layout)?, note: String::new() });
     }
     let replay = jbd2::read(disk, &layout)?;

@@ -155,30 +155,41 @@ struct Log<'a, R> {
 /// Read the journal of an ext3 or ext4.
 pub fn read<R: ReadAt>(disk: &Disk<R>, layout: &Layout) -> Sure<Replay> {
     let Some(number) = layout.journal else { return doubt("its journal is on another device, or missing") };
-    let inode = Inode::read(disk, layout, u64::from(number))?;
-    let mut places = Vec::new();
-    let mut budget = ext_inode::budget(layout);
-    inode.walk(disk, layout, &mut budget, &mut |logical, block, count| {
-        if let Some(logical) = logical {
-            places.push((logical, block * layout.block_size, count));
-        }
-        Ok(())
-    })?;
-    let mut log = Log {
-        disk,
-        layout,
-        format: Format { seed: None, third: false, wide: false },
-        places,
-        first: 0,
-        length: 1,
-    };
+    let mut log = Log::find(disk, layout, number)?;
     match log.open()? {
         None => Ok(Replay { blocks: BTreeMap::new() }),
         Some((sequence, start)) => log.scan(sequence, start),
     }
 }
 
-impl<R: ReadAt> Log<'_, R> {
+/// That the journal of a filesystem that needs no recovery holds nothing: e2fsck would replay it all the same.
+pub fn is_empty<R: ReadAt>(disk: &Disk<R>, layout: &Layout) -> Sure<()> {
+    let Some(number) = layout.journal else { return Ok(()) };
+    let piece = Log::find(disk, layout, number)?.block(0)?;
+    if piece.view().be32(0)? == MAGIC && piece.view().be32(0x1C)? == 0 {
+        return Ok(());
+    }
+    doubt("its journal is not empty, though it says that it needs no recovery")
+}
+
+impl<'a, R: ReadAt> Log<'a, R> {
+    fn find(disk: &'a Disk<R>, layout: &'a Layout, number: u32) -> Sure<Self> {
+        let inode = Inode::read(disk, layout, u64::from(number))?;
+        let mut places = Vec::new();
+        let mut budget = ext_inode::budget(layout);
+        inode.walk(disk, layout, &mut budget, &mut |logical, block, count| {
+            if block.checked_add(count).is_none_or(|end| end > layout.blocks) {
+                return doubt("its journal lies outside of it");
+            }
+            if let Some(logical) = logical {
+                places.push((logical, block * layout.block_size, count));
+            }
+            Ok(())
+        })?;
+        let format = Format { seed: None, third: false, wide: false };
+        Ok(Self { disk, layout, format, places, first: 0, length: 1 })
+    }
+
     /// Where a block of the log stands, in bytes of the partition.
     fn place(&self, block: u64) -> Sure<u64> {
         let after = self.places.partition_point(|run| run.0 <= block);
