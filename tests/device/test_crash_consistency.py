@@ -32,9 +32,11 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def stand() -> Iterator[trials.Stand]:
-    with tempfile.TemporaryDirectory(prefix="imager-crash-", dir=MEMORY) as name:
-        with trials.Stand(Path(name)).up() as stand:
-            yield stand
+    with (
+        tempfile.TemporaryDirectory(prefix="imager-crash-", dir=MEMORY) as name,
+        trials.Stand(Path(name)).up() as stand,
+    ):
+        yield stand
 
 
 @pytest.mark.parametrize(("kind", "seed"), [("ext", 1001), ("ext", 1004), ("xfs", 1001), ("btrfs", 1003)])
