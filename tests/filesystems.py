@@ -13,17 +13,21 @@ import os
 import random
 import stat
 import subprocess
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from imager import command
 from imager.device.loop import attach
+from imager.engine import unused
 from imager.errors import CommandError
 from imager.extents import Extents
 from imager.filesystem import maps
 from imager.filesystem.used import Unknown, Used
 from imager.lab.mounting import mounted
+from imager.lab.raw import fill_with_noise
+from tests.workbench import Workbench, state_in
 
 MIB = 1 << 20
 FIFREEZE, FITHAW = 0xC0045877, 0xC0045878
@@ -158,17 +162,22 @@ def used(image: Path | str) -> Used | Unknown:
 
 
 def restore_used(image: Path, extents: Extents, target: Path) -> None:
-    """What a restore of the used blocks alone leaves of a target full of random bytes."""
+    """What a backup, and a restore onto a target full of random bytes, leave of the used blocks alone.
+
+    What the backup kept beyond `extents` (whole blocks, the ends) is overwritten with noise again.
+    """
     size = image.stat().st_size
+    fill_with_noise(target, size)
+    with tempfile.TemporaryDirectory(prefix="repo-", dir=image.parent) as name, state_in(Path(name, "state")):
+        place = Workbench(Path(name), block_size=4096)
+        summary = place.backup(image)
+        [part] = summary.images[0].parts
+        assert not part.every_block, part
+        assert extents.total <= part.used <= extents.blocks(4096).total * 4096 + 2 * unused.EDGE
+        restored = place.restore(summary.set, target, delta=True, overwrite=True, unused="leave")
+        assert restored.bytes_unused == size - part.used
     noise = random.Random(size).randbytes(MIB)
-    with open(image, "rb") as source, open(target, "wb") as out:
-        out.truncate(size)
-        for start, end in extents:
-            source.seek(start)
-            out.seek(start)
-            while start < end:
-                out.write(source.read(min(MIB, end - start)))
-                start += MIB
+    with open(target, "r+b") as out:
         for start, end in extents.complement(size):
             out.seek(start)
             while start < end:

@@ -153,7 +153,7 @@ class Workbench:
             same(target, content, f"restore of {name}")
             if old is not None:
                 target.write_bytes(old)
-                self.restore(name, target, delta=True, overwrite=True)
+                self.restore(name, target, delta=True, overwrite=True, unused="zero")
                 same(target, content, f"restore --delta of {name}")
             target.unlink()
             if reference:

@@ -15,6 +15,7 @@ from imager.extents import Extents
 
 LEAST = 16
 SHARE = 1000  # one unnamed block in a thousand
+_NONE = Extents()
 CAP = 20  # at most one sampled block for twenty named ones, beyond LEAST
 
 
@@ -23,12 +24,15 @@ def count(named: int, unnamed: int) -> int:
     return min(unnamed, max(LEAST, min(-(-unnamed // SHARE), named // CAP)))
 
 
-def choose(named: Extents, blocks: int) -> list[int]:
-    """Block numbers to check, increasing. `named` has ranges of block numbers, `blocks` is the image's."""
-    rest = named.complement(blocks).ranges
+def choose(named: Extents, blocks: int, skip: Extents = _NONE) -> list[int]:
+    """Block numbers to check, increasing. `named` has ranges of block numbers, `blocks` is the image's.
+
+    `skip`: blocks that are not looked at either, without being named.
+    """
+    rest = (named | skip).complement(blocks).ranges
     ends = list(accumulate(end - start for start, end in rest))
     unnamed = ends[-1] if ends else 0
-    wanted = count(blocks - unnamed, unnamed)
+    wanted = count(named.clip(blocks).total, unnamed)
     picked: set[int] = set(range(unnamed)) if wanted == unnamed else set()
     while len(picked) < wanted:
         # 64 random bits over fewer than 2^52 blocks: the bias is below 2^-12 of nothing that matters.

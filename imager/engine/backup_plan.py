@@ -30,7 +30,7 @@ _CODECS = {"none": 0, "lz4": 1, "zstd": 2}
 class BackupOptions(Struct, frozen=True):
     """What is asked for. `block_size` in bytes, None: by device size or base. `changed`: a map file.
 
-    `used_blocks`: leave out what no filesystem uses; such blocks come back as zeroes.
+    `used_blocks`: leave out what no filesystem uses, where its maps are believed.
     """
 
     name: str | None = None
@@ -41,7 +41,7 @@ class BackupOptions(Struct, frozen=True):
     on_read_error: str = "fail"
     tags: tuple[str, ...] = ()
     threads: int = 0
-    used_blocks: bool = False
+    used_blocks: bool = True
 
 
 class BackupPlan(Struct, frozen=True):
@@ -77,8 +77,8 @@ class BackupPlan(Struct, frozen=True):
             lines.append(f"  {source.path} as {source.disk}: {size}{', ' + what if what else ''}")
         if self.options.changed:
             lines.append(f"  changed blocks by {self.options.changed}, where it fits the base set")
-        if self.options.used_blocks:
-            lines.append("  blocks that no filesystem uses are left out")
+        if not self.options.used_blocks:
+            lines.append("  blocks that no filesystem uses are imaged, too")
         return lines
 
 

@@ -166,8 +166,9 @@ def _set_and_file(image: Image, device: Readable, reporter: Reporter, threads: i
     comparer = Comparer(image.repository.vault, geometry, device, reporter, threads)
     reporter.phase("comparing", geometry.length(0, whole))
     blocks: list[tuple[int, int]] = [(whole, geometry.blocks)]
-    for window in image.used_windows():
+    for window in image.windows():
         blocks += comparer.differing(window, Extents.of([(0, whole)]))
+        reporter.advance(geometry.total(window.unused))
     reporter.end()
     return geometry.extents(Extents.of(blocks))
 

@@ -7,14 +7,14 @@ damaged map page is an error unless the caller asks to be told instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from msgspec import Struct, field
 
-from imager._native import DATA, UNUSED, ZERO
+from imager._native import DATA, ZERO
 from imager.engine.compare import Geometry
-from imager.engine.windows import Piece, Ranges, Window, windows
+from imager.engine.windows import Ranges, Window, windows
 from imager.errors import IntegrityError, UsageError
 from imager.events import Reporter
 from imager.extents import Extents
@@ -61,16 +61,6 @@ class Image(Struct):
         if kept is not None and not damaged:
             self._kept = kept
 
-    def used_windows(self, on_damage: OnDamage | None = None) -> Iterator[Window]:
-        """The map without the blocks that were not in use: what a comparison with a source can hold it to."""
-
-        def told(first: int, count: int, reason: str) -> None:
-            self._raise(first, count, reason) if on_damage is None else on_damage(first, count, reason)
-
-        for window in windows(_in_use(self.reader.walk(on_damage=told))):
-            _normalise(window)
-            yield window
-
     def part(self, ranges: Extents) -> Iterator[Window]:
         """The map of some ranges of blocks."""
         if self._kept is not None:
@@ -82,14 +72,15 @@ class Image(Struct):
             yield from _cut(window, ranges)
 
     def totals(self, on_damage: OnDamage | None = None) -> tuple[int, int]:
-        """(bytes in blocks that hold data, blocks of zeroes). Reads the map. Raises `IntegrityError`."""
-        data = zero = 0
+        """Bytes in blocks that hold data, and in unused ones. Reads the map. Raises `IntegrityError`."""
+        data = unused = 0
         for window in self.windows(on_damage):
             more = window.data()
-            data, zero = data + more[0] * self.geometry.block_size, zero + more[1]
+            data += more[0] * self.geometry.block_size
+            unused += self.geometry.total(window.unused)
             if more[0] and window.end == self.geometry.blocks and self._ends_in_data(window):
                 data -= self.geometry.blocks * self.geometry.block_size - self.geometry.size
-        return data, zero
+        return data, unused
 
     @staticmethod
     def _ends_in_data(window: Window) -> bool:
@@ -148,24 +139,9 @@ def _image(repository: Repository, manifest: Manifest, image: imageset.Image) ->
     return Image(repository, manifest, image.disk, geometry, image.unreadable, image.source, reader)
 
 
-def _in_use(walk: Iterable[Piece]) -> Iterator[Piece]:
-    """A walk, less its unused blocks."""
-    for first, count, what in walk:
-        if isinstance(what, int):
-            if what != UNUSED:
-                yield first, count, what
-        elif not what.counts()[1]:
-            yield first, count, what
-        else:
-            out = Extents(tuple((low, high) for kind, low, high in what.runs() if kind == UNUSED))
-            for low, high in out.complement(count):
-                yield first + low, high - low, what.slice(low, high)
-
-
 def _normalise(window: Window) -> None:
-    """What is unused or was unreadable comes back as zeroes, so that is what it is compared with."""
-    _, unused, lost, _ = window.slots.counts()
-    if unused or lost:
+    """What was unreadable comes back as zeroes, so that is what it is compared with."""
+    if window.slots.counts()[2]:
         for kind, start, end in window.slots.runs():
             if kind not in (DATA, ZERO):
                 window.slots.fill(start, end, ZERO)
@@ -174,8 +150,9 @@ def _normalise(window: Window) -> None:
 def _cut(window: Window, ranges: Extents) -> Iterator[Window]:
     """The part of a window that lies in `ranges`."""
     runs: Ranges = list((Extents(tuple(window.runs)) & ranges).ranges)
+    unused: Ranges = list((Extents(tuple(window.unused)) & ranges).ranges)
     for part, slots in window.select(ranges, max(1, len(window.slots))):
-        yield Window(part[0][0], part[-1][1], slots, part, runs)
-        runs = []
-    if runs:
-        yield Window(runs[0][0], runs[-1][1], runs=runs)
+        yield Window(part[0][0], part[-1][1], slots, part, runs, unused)
+        runs, unused = [], []
+    if rest := [*runs, *unused]:
+        yield Window(min(rest)[0], max(end for _, end in rest), runs=runs, unused=unused)

@@ -107,6 +107,13 @@ class Imaging:
         self.stopped = False
         self.figures = Figures()
 
+    def follow(self, earlier: Imaging) -> None:
+        """Take the place of one that has to be begun anew: what it read and stored counts, too."""
+        for name in ("blocks_read", "blocks_new", "bytes_read", "bytes_stored"):
+            setattr(self.figures, name, getattr(earlier.figures, name))
+        # Whoever wanted to stop the work may have told the other one.
+        self.stopped = self.stopped or earlier.stopped
+
     # --- files and devices -------------------------------------------------------------
 
     def read(

@@ -28,19 +28,29 @@ class _State(msgspec.Struct, forbid_unknown_fields=True):
     block_size: int
     done: list[tuple[int, int]] = []
     begun: tuple[int, int] | None = None
+    zeroed: bool = False
 
 
 class Journal:
     """Finished ranges of block numbers of one restore.
 
     `target` is the target's identity key, `place` tells this very file
-    (device, inode) or this attachment of a device from a later one.
+    (device, inode) or this attachment of a device from a later one. `zeroed`:
+    whether what is unused is zeroed in the finished ranges.
     """
 
     def __init__(
-        self, *, target: str, place: tuple[int, int], set_id: str, disk: str, size: int, block_size: int
+        self,
+        *,
+        target: str,
+        place: tuple[int, int],
+        set_id: str,
+        disk: str,
+        size: int,
+        block_size: int,
+        zeroed: bool = False,
     ) -> None:
-        self._state = _State(1, target, list(place), set_id, disk, size, block_size)
+        self._state = _State(1, target, list(place), set_id, disk, size, block_size, zeroed=zeroed)
         name = hashlib.sha256("\0".join((target, set_id, disk)).encode(errors="surrogateescape")).hexdigest()
         self.path = os.path.join(config.state_dir(), "restores", f"{name[:32]}.json")
 

@@ -9,6 +9,7 @@ has let the target through, and a damaged block is never written.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from imager import config
@@ -88,7 +89,7 @@ def execute(
             reporter.note(f"{old}: partx --update {plan.target}")
     plan.journal.remove()
     seconds = time.monotonic() - begun
-    written = min(run.written_bytes, plan.size - run.zeroed_bytes)  # the last block may be short
+    written = min(run.written_bytes, plan.size - run.zeroed_bytes - plan.unused)  # the last may be short
     return RestoreSummary(
         set=plan.set,
         name=plan.name,
@@ -98,7 +99,9 @@ def execute(
         size=plan.size,
         bytes_written=written,
         bytes_zeroed=run.zeroed_bytes,
-        bytes_kept=plan.size - written - run.zeroed_bytes,
+        bytes_kept=plan.size - written - run.zeroed_bytes - plan.unused,
+        bytes_unused=plan.unused,
+        unused=run.unused,
         verified=plan.verify,
         seconds=round(seconds, 3),
         left_alone=plan.left_alone,
@@ -120,6 +123,7 @@ class _Run:
         self.zeroed_bytes = 0
         self.written: list[tuple[int, int]] = []  # what a delta wrote, in blocks
         self.keep = plan.mode != "full"
+        self.unused = plan.options.unused
         self.cleared = False
         blocks = self.geometry.blocks
         self.head = min(blocks, -(-HEAD // self.geometry.block_size))
@@ -174,12 +178,32 @@ class _Run:
             self.target.zero(0, self.geometry.length(0, self.head))
             self.target.flush()
 
+    # -- what is unused ----------------------------------------------------------
+
+    def windows(self, blocks: Extents | None = None) -> Iterator[Window]:
+        """The map, or a part of it, with unused blocks as they are to be."""
+        for window in self.image.windows() if blocks is None else self.image.part(blocks):
+            yield window.zeroed() if self.plan.options.unused == "zero" else window
+
+    def give_up(self, window: Window) -> None:
+        """Discard what is unused, if that is wanted. Only once the target looks incomplete."""
+        if self.unused != "discard" or not (self.keep or self.target.is_device):
+            return  # a new file has holes
+        for start, end in Extents(tuple(window.unused)) & self.body:
+            at = start * self.geometry.block_size
+            if not self.target.discard(at, at + self.geometry.length(start, end)):
+                self.unused = "leave"
+                said = "takes no discards: what no filesystem uses is left as it was"
+                self.reporter.note(f"{self.plan.target} {said}")
+                return
+
     # -- the body ------------------------------------------------------------
 
     def write_body(self) -> None:
         """Write all but the head, which is cleared before anything is written."""
         done = self.plan.journal.done
-        for window in self.image.windows():
+        waiting = 0
+        for window in self.windows():
             here = Extents.of([(window.first, window.end)])
             if not here - done:
                 self.reporter.advance(self.geometry.total(here & self.covered))
@@ -188,14 +212,24 @@ class _Run:
             compare = self.plan.mode == "delta" or bool(here & self.plan.journal.begun)
             if compare:
                 differing = self.comparer.differing(window, self.covered)
-                if not differing:
-                    continue
-                self.clear_head()
+                if differing:
+                    self.clear_head()
                 body = differing & self.body
+            self.reporter.advance(self.geometry.total(Extents(tuple(window.unused)) & self.covered))
+            if self.cleared:
+                self.give_up(window)
+            else:
+                waiting = window.end
+            if compare and not differing:
+                continue
             self.plan.journal.begin(window.first, window.end)
             self.write(window, body, counted=compare)
             self.target.flush()
             self.plan.journal.finish()
+        if self.cleared and waiting:
+            # What stood there belonged to a target that was whole, until the first difference was found.
+            for window in self.windows(Extents.of([(0, waiting)])):
+                self.give_up(window)
 
     def write(self, window: Window, blocks: Extents, *, counted: bool) -> None:
         """Write `blocks` of a window. `counted`: the reporter knows of them from the comparison."""
@@ -228,8 +262,9 @@ class _Run:
         if not blocks:
             return
         self.reporter.phase("reading back", self.geometry.total(blocks))
-        for window in self.image.part(blocks):
+        for window in self.windows(blocks):
             self.expect_none(self.comparer.differing(window))
+            self.reporter.advance(self.geometry.total(window.unused))
         self.reporter.end()
 
     def expect_none(self, differing: Extents) -> None:
@@ -247,18 +282,18 @@ class _Run:
         """The first MiB, last: from here on the target is whole. A failure leaves it empty again."""
         head = Extents.of([(0, self.head)])
         checker = self.fetcher(None)
-        for window in self.image.part(head):
+        for window in self.windows(head):
             # All of it, or nothing: half a head could pass for a whole one.
             for damage in checker.slices(gather_of(pieces(window), head), quiet=True):
                 if damage:
                     raise _damaged(self.plan, merged(damage))
         try:
-            for window in self.image.part(head):
+            for window in self.windows(head):
                 self.write(window, head, counted=True)
             self.target.flush()
             if self.plan.verify:
                 self.target.forget()
-                for window in self.image.part(head):
+                for window in self.windows(head):
                     self.expect_none(self.comparer.differing(window))
         except BaseException:
             self.cleared = False

@@ -29,10 +29,15 @@ from imager.units import KIB, format_size, format_time
 _TABLE = 64 * KIB  # holds a GPT of the usual 128 entries at any sector size
 SHOWN = 8
 "Extents that a message lists."
+UNUSED = ("discard", "zero", "leave")
+"What becomes of blocks that no filesystem used, and that the set has no content of."
 
 
 class RestoreOptions(Struct, frozen=True):
-    """What is asked for. `disk`: which, where the set has several. `threads` 0: one for each core."""
+    """What is asked for. `disk`: which, where the set has several. `threads` 0: one for each core.
+
+    `unused`: one of `UNUSED`. Discard where the target can, else leave as it is; zero; or leave.
+    """
 
     disk: str | None = None
     delta: bool = False
@@ -41,6 +46,7 @@ class RestoreOptions(Struct, frozen=True):
     overwrite: bool = False
     confirm_device: str | None = None
     threads: int = 0
+    unused: str = "discard"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +61,8 @@ class RestorePlan:
     block_size: int
     data: int  # bytes that are fetched and written, at most
     zero: int  # bytes that will read as zeroes
+    unused: int  # bytes that no filesystem used: neither; 0 where they are zeroed
+    unused_becomes: str  # discard, zero or leave
     target: str
     target_kind: str  # "new file", "file", or the kind of device
     target_size: int | None
@@ -90,6 +98,12 @@ class RestorePlan:
             "resume": f"go on: {format_size(self.resumed)} of the image are written already",
         }[self.mode]
         lines.append(f"work:    {how}; {'then read it all back' if self.verify else 'DO NOT read it back'}")
+        if self.unused:
+            how = {
+                "discard": "are discarded, where the target can (holes in a file)",
+                "leave": "are left as they are",
+            }[self.unused_becomes]
+            lines.append(f"         {format_size(self.unused)} that no filesystem uses {how}")
         if self.left_alone:
             lines.append(f"         the last {format_size(self.left_alone)} of the target are left alone")
         for start, length in self.unreadable[:SHOWN]:
@@ -100,7 +114,11 @@ class RestorePlan:
 
 
 class RestoreSummary(Struct, frozen=True):
-    """What a restore did; sizes in bytes. `verified`: all was read back and is equal."""
+    """What a restore did; sizes in bytes. `verified`: all was read back and is equal.
+
+    `bytes_unused`: what no filesystem used, and `unused` what became of it: discard, zero (then it is
+    among `bytes_zeroed`, and 0 here), or leave, also where the target takes no discards.
+    """
 
     set: str
     name: str
@@ -111,6 +129,8 @@ class RestoreSummary(Struct, frozen=True):
     bytes_written: int
     bytes_zeroed: int
     bytes_kept: int
+    bytes_unused: int
+    unused: str
     verified: bool
     seconds: float
     left_alone: int
@@ -141,6 +161,8 @@ def plan(
             "--resume relies on the read-back: it cannot go with --no-verify",
             hint="leave --no-verify out, or use --delta --no-verify, which reads the target first",
         )
+    if options.unused not in UNUSED:
+        raise UsageError(f"unused blocks cannot be {options.unused!r}", hint=", ".join(UNUSED))
     if target == "-":
         raise UsageError("standard output takes no plan: there is nothing to guard and nothing to read back")
     image = images.select_one(repository, text, options.disk)
@@ -148,7 +170,9 @@ def plan(
     storage = repository.storage
     verdict, journal, resuming = _examine(image, target, options, storage)
     verdict.require()
-    data, zero = _bytes(image)
+    data, unused = image.totals()
+    if options.unused == "zero":
+        unused = 0
     identity = verdict.identity
     size = identity.size if identity else None
     device = verdict.is_device
@@ -160,7 +184,9 @@ def plan(
         size=image.geometry.size,
         block_size=image.geometry.block_size,
         data=data,
-        zero=zero,
+        zero=image.geometry.size - data - unused,
+        unused=unused,
+        unused_becomes=options.unused,
         target=verdict.path,
         target_kind=identity.kind if identity else "new file",
         target_size=size,
@@ -208,6 +234,7 @@ def _examine(
         disk=image.disk,
         size=image.geometry.size,
         block_size=image.geometry.block_size,
+        zeroed=options.unused == "zero",
     )
     resuming = options.resume and identity is not None and journal.load()
     if resuming and not options.overwrite and not verdict.allowed:
@@ -242,12 +269,6 @@ def _whole_disk(image: Image, target: str) -> bool | None:
     finally:
         streamer.close()
     return None
-
-
-def _bytes(image: Image) -> tuple[int, int]:
-    """Bytes that hold data, and bytes of zeroes."""
-    held, _ = image.totals()
-    return held, image.geometry.size - held
 
 
 def _holds(verdict: guard.Verdict) -> Iterator[str]:

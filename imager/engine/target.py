@@ -2,7 +2,7 @@
 
 Invariant: a range that `zero` has handled reads as zeroes: a hole of a file,
 or a device's zeroing as the kernel guarantees it, or zeroes written. A
-discard, which guarantees nothing, is never used. The first `HEAD` bytes are
+discard, which guarantees nothing, is never used for that. The first `HEAD` bytes are
 cleared before anything else is written and filled in last, so that a target
 that is not whole never looks like a disk or a filesystem.
 """
@@ -20,6 +20,8 @@ from imager.errors import TargetError
 from imager.units import MIB, format_size
 
 HEAD = MIB
+_COARSEST = 4096
+"The largest sector that a device has: discards end at multiples of it."
 _NOT_SO = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL, errno.EPERM, errno.ENOTTY)
 
 
@@ -32,6 +34,7 @@ class Target:
         self.path = guarded.path
         self.is_device = guarded.identity.is_device
         self._punch = True
+        self._discards = True
         self._reader = -1
         self._writer = -1
 
@@ -69,6 +72,26 @@ class Target:
             blockio.zero_range(self.fd, start, end - start)
         except OSError as error:
             raise self.failed(start, error) from error
+
+    def discard(self, start: int, end: int) -> bool:
+        """Say that nothing needs `[start, end)`: a hole of a file, a device's discard.
+
+        What stands there afterwards is unknown. False where the target takes no discards: all is as it was.
+        """
+        if self.is_device:
+            end -= end % _COARSEST
+        if start >= end or not self._discards:
+            return self._discards
+        try:
+            if self.is_device:
+                self._discards = blockio.discard(self.fd, start, end - start)
+            else:
+                mode = blockio.FALLOC_FL_PUNCH_HOLE | blockio.FALLOC_FL_KEEP_SIZE
+                blockio.fallocate(self.fd, mode, start, end - start)
+        except OSError:
+            # Advice that is not taken harms nothing; if the target fails, what is written will show it.
+            self._discards = False
+        return self._discards
 
     def flush(self) -> None:
         """All that was written is on the medium."""

@@ -150,8 +150,9 @@ class _Work:
         def lost(first: int, count: int, reason: str) -> None:
             blocks.append((first, first + count))
 
-        for window in image.used_windows(lost):
+        for window in image.windows(lost):
             blocks += comparer.differing(window, Extents.of([(0, whole)]))
+            self.reporter.advance(geometry.total(window.unused))
         self.reporter.end()
         if device.size > geometry.size:
             self.reporter.note(f"{device.path} is larger than the image: the rest was not compared")

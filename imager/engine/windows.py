@@ -2,7 +2,8 @@
 
 Invariant: memory follows the number of blocks that hold data in one window,
 never the size of the image; every block of the walk is in exactly one
-window, and there either in `ranges` (with its slot) or in `runs` (zeroes).
+window, and there either in `ranges` (with its slot), in `runs` (zeroes), or in
+`unused` (what no filesystem used, and no content was kept of).
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from collections.abc import Iterable, Iterator
 
 from msgspec import Struct, field
 
-from imager._native import DATA, Slots
+from imager._native import DATA, UNUSED, Slots
+from imager.extents import Extents
 from imager.units import MIB
 
 WINDOW = 1 << 18
@@ -32,6 +34,14 @@ class Window(Struct):
     slots: Slots = field(default_factory=lambda: Slots(0))
     ranges: Ranges = field(default_factory=list)
     runs: Ranges = field(default_factory=list)
+    unused: Ranges = field(default_factory=list)
+
+    def zeroed(self) -> Window:
+        """The same window, where what is unused counts as zeroes."""
+        if not self.unused:
+            return self
+        runs = Extents.of([*self.runs, *self.unused])
+        return Window(self.first, self.end, self.slots, self.ranges, list(runs))
 
     def segments(self, blocks: int) -> Iterator[tuple[Ranges, Slots]]:
         """The slots, at most `blocks` at a time, with the block numbers they belong to."""
@@ -84,24 +94,41 @@ def push(ranges: Ranges, start: int, end: int) -> None:
 def windows(walk: Iterable[Piece], limit: int = WINDOW) -> Iterator[Window]:
     """Cut a walk into windows of at most `limit` slots (or pages' runs)."""
     window: Window | None = None
-    for first, count, what in walk:
+    for first, count, what in _apart(walk):
         weight = 1 if isinstance(what, int) else count
         if (
             window is None
-            or (window.ranges or window.runs)
-            and (len(window.slots) + len(window.runs) + weight > limit)
+            or (window.ranges or window.runs or window.unused)
+            and (len(window.slots) + len(window.runs) + len(window.unused) + weight > limit)
         ):
             if window is not None:
                 yield window
             window = Window(first, first)
         if isinstance(what, int):
-            push(window.runs, first, first + count)
+            push(window.unused if what == UNUSED else window.runs, first, first + count)
         else:
             window.slots.extend(what)
             push(window.ranges, first, first + count)
         window.end = first + count
     if window is not None:
         yield window
+
+
+def _apart(walk: Iterable[Piece]) -> Iterator[Piece]:
+    """A walk, with what is unused in pieces of its own."""
+    for first, count, what in walk:
+        if isinstance(what, int) or not what.counts()[1]:
+            yield first, count, what
+            continue
+        at = 0
+        for kind, low, high in what.runs():
+            if kind == UNUSED:
+                if at < low:
+                    yield first + at, low - at, what.slice(at, low)
+                yield first + low, high - low, UNUSED
+                at = high
+        if at < count:
+            yield first + at, count - at, what.slice(at, count)
 
 
 def runs_of(ranges: Ranges, slots: Slots, *, data: bool) -> Iterator[tuple[int, int]]:

@@ -2,8 +2,8 @@
 
 Invariant: whatever no map speaks of counts as used: the table and its copy,
 the gaps, partitions that overlap or reach beyond the end, those without a
-map, those that are mounted for writing. Each part says which map was taken,
-or why none.
+map, those that are mounted for writing and may be written at any moment. Each
+part says which map was taken, or why none.
 """
 
 from __future__ import annotations
@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from imager.device.sysfs import Node
 
 _MOUNTED = "it is mounted for writing, and changes while it is read"
+_TELLING = frozenset({"ext2", "ext3", "ext4", "xfs", "LVM2_member"})
+"""Kinds that have a map only while nothing is under way in them, mounted or not: filesystems whose log or
+state tells, and LVM, whose map changes by its commands alone."""
+AT_REST = "mounted for writing, frozen or at rest all the while"
+"What the note of such a map says: true only where the caller has looked again."
 
 
 class Part(Struct, frozen=True):
@@ -48,14 +53,18 @@ class Whole(Struct, frozen=True):
     parts: tuple[Part, ...]
 
 
-def used_blocks(fd: int, size: int, *, sector: int = 512, written: Collection[int | None] = ()) -> Whole:
+def used_blocks(
+    fd: int, size: int, *, sector: int = 512, written: Collection[int | None] = (), again: bool = False
+) -> Whole:
     """What is in use of a source of `size` bytes. `fd` as in `used.Reader`.
 
     `written`: numbers of the partitions that are mounted for writing; None
-    among them stands for the source itself. Reads metadata only; whatever
-    cannot be read is in use.
+    among them stands for the source itself. They have no map, unless the
+    caller promises (`again`) to ask once more when all is read, and to take
+    every block where the answer is another then: so a filesystem that is
+    frozen, or at rest, has one. Reads metadata only; whatever cannot be read is in use.
     """
-    table = read_table(lambda at, length: _read(fd, at, length), size, sector)
+    table = read_table(lambda at, length: read(fd, at, length), size, sector)
     if table is None or not table.entries:
         parts: list[_Place] = [(None, 0, size, None)]
     else:
@@ -63,15 +72,25 @@ def used_blocks(fd: int, size: int, *, sector: int = 512, written: Collection[in
     unused = Extents()
     told: list[Part] = []
     for number, start, length, problem in parts:
-        if number in written or None in written:
+        mounted = number in written or None in written
+        if mounted and not again:
             problem = _MOUNTED
         answer: Used | Unknown
         answer = Unknown(problem) if problem else maps.used_blocks(fd, start, length, sector=sector)
+        if mounted and not problem:
+            answer = _at_rest(answer)
         if isinstance(answer, Used):
             free = answer.extents.complement(length)
             unused |= Extents(tuple((start + low, start + high) for low, high in free))
         told.append(Part(number, start, length, answer))
     return Whole(unused.complement(size), tuple(told))
+
+
+def _at_rest(answer: Used | Unknown) -> Used | Unknown:
+    """The map of a filesystem that is mounted for writing: believed only where a log would tell of work."""
+    if isinstance(answer, Unknown) or answer.kind not in _TELLING:
+        return Unknown(_MOUNTED, answer.kind)
+    return Used(answer.extents, "; ".join(filter(None, (answer.note, AT_REST))), answer.kind)
 
 
 _Place = tuple[int | None, int, int, str | None]
@@ -92,8 +111,8 @@ def _parts(entries: tuple[Entry, ...], size: int) -> Iterator[_Place]:
         yield entry.number, entry.start, max(0, min(end, size) - entry.start), problem
 
 
-def _read(fd: int, at: int, length: int) -> bytes:
-    """Through aligned memory, for descriptors past the page cache; nothing where it cannot be read."""
+def read(fd: int, at: int, length: int) -> bytes:
+    """Bytes through aligned memory, for descriptors past the page cache; none where they cannot be read."""
     import mmap
 
     first = at // 4096 * 4096

@@ -13,7 +13,7 @@ This folder was left by `imager lab --keep`. It holds a disk, its backups, and
 what was restored from them. Remove the folder when you are done with it.
 
   disk.img            the disk that was backed up, after its last change
-  restored.img        the last set, restored
+  restored.img        the last set, restored onto random bytes, which stand where nothing is in use
   earlier.img         the second set, restored over the first (--delta)
   repository/         the repository: three sets of the lineage `lab`
   passphrase.txt      opens the repository
@@ -31,7 +31,7 @@ To try, from within this folder:
 
   imager list
   imager show lab
-  imager restore lab again.img && cmp disk.img again.img
+  imager restore lab again.img && imager verify lab --against again.img
   imager verify lab
   imager diff lab ./restored.img && echo equal
   imager backup disk.img --name again

@@ -52,8 +52,19 @@ def copy(source: int, at: int, length: int, target: int, to: int) -> int:
     return written
 
 
-def digest(path: str | os.PathLike[str]) -> str:
-    """A digest of size and content; files that read the same have the same, whatever their holes."""
+def fill_with_noise(path: str | os.PathLike[str], size: int) -> None:
+    """Make a file of `size` random bytes, none of which reads as a zero by luck for long."""
+    noise = os.urandom(STEP)
+    with open(path, "wb") as file:
+        for position in range(0, size, STEP):
+            file.write(noise[: size - position])
+
+
+def digest(path: str | os.PathLike[str], of: Extents | None = None) -> str:
+    """A digest of size and content; files that read the same have the same, whatever their holes.
+
+    `of`: the bytes that count; all others may be any.
+    """
     state = hashlib.blake2b(digest_size=32)
     with open(path, "rb") as file:
         fd = file.fileno()
@@ -61,10 +72,20 @@ def digest(path: str | os.PathLike[str]) -> str:
         state.update(size.to_bytes(8, "little"))
         for position in _steps(data(fd, 0, size)):
             piece = os.pread(fd, STEP, position)
+            if of is not None:
+                piece = _only(piece, position, of)
             if piece != _ZERO[: len(piece)]:
                 state.update(position.to_bytes(8, "little"))
                 state.update(piece)
     return state.hexdigest()
+
+
+def _only(piece: bytes, position: int, of: Extents) -> bytes:
+    """A piece of a file, zeroed where it does not count."""
+    kept = bytearray(len(piece))
+    for start, end in of & Extents(((position, position + len(piece)),)):
+        kept[start - position : end - position] = piece[start - position : end - position]
+    return bytes(kept)
 
 
 def differences(a: str | os.PathLike[str], b: str | os.PathLike[str], size: int) -> Extents:

@@ -41,7 +41,7 @@ class SourceDisk(Protocol):
 
 
 class TargetDisk(Protocol):
-    """A disk that is restored to."""
+    """A disk that is restored to. What stands on it before stays wherever nothing is written."""
 
     target: str
     image: Path
@@ -128,12 +128,10 @@ class FileSource:
 
 
 class LoopTarget:
-    """An empty loop device."""
+    """A loop device over a file that is there."""
 
-    def __init__(self, stack: ExitStack, image: Path, size: int, partitions: Sequence[Partition]) -> None:
+    def __init__(self, stack: ExitStack, image: Path, partitions: Sequence[Partition]) -> None:
         self.image = image
-        with image.open("wb") as file:
-            file.truncate(size)
         self._count = len(partitions)
         self._loop = stack.enter_context(loop.attach(image))
         self.target = self._loop.path
@@ -148,7 +146,7 @@ class LoopTarget:
 
 
 class FileTarget:
-    """A file; its partitions are copied out of it to be looked at."""
+    """A file that is there; its partitions are copied out of it to be looked at."""
 
     def __init__(self, image: Path, partitions: Sequence[Partition]) -> None:
         self.image = image

@@ -105,9 +105,10 @@ def _set_up(
     source: rig.SourceDisk
     target: rig.TargetDisk
     with recorder.step("partition the disk") as row:
+        raw.fill_with_noise(work / "restored.img", size)
         if devices:
             source = rig.LoopSource(stack, work, size, partitions)
-            target = rig.LoopTarget(stack, work / "restored.img", size, partitions)
+            target = rig.LoopTarget(stack, work / "restored.img", partitions)
         else:
             source = rig.FileSource(work, size, partitions)
             target = rig.FileTarget(work / "restored.img", partitions)
@@ -173,7 +174,8 @@ def _remove(folder: Path, reporter: Reporter) -> None:
 def _need_room(work: Path, size: int, *, devices: bool) -> None:
     """Refuse to begin where the disk images would not fit. What is here was measured, and some added."""
     copy = size * 3 // 10 + 64 * MIB
-    needed = copy * (4 if devices else 7)
+    noise = size * (1 if devices else 2)  # the second disk, and in files alone a copy of its partitions
+    needed = copy * (3 if devices else 5) + noise
     stat = os.statvfs(work)
     free = stat.f_bavail * stat.f_frsize
     if free < needed:

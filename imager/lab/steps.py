@@ -20,6 +20,7 @@ from imager.engine import backup, restore, verify
 from imager.errors import IntegrityError
 from imager.events import Silent
 from imager.extents import Extents
+from imager.filesystem import whole
 from imager.lab import disk, raw, tree, wound
 from imager.lab.filesystems import Filesystem
 from imager.lab.report import Draft, Recorder
@@ -33,8 +34,16 @@ from imager.units import format_size
 NAME = "lab"
 
 
+class Kept(Struct, frozen=True):
+    """A set's id; what was in use of the disk then, in bytes; and a digest of that."""
+
+    id: str
+    used: Extents
+    digest: str
+
+
 class Rehearsal(Struct):
-    """What the steps work on. `sets`: set id and digest of the disk at that time, in order."""
+    """What the steps work on. `sets`: what was backed up so far, in order."""
 
     work: Path
     size: int
@@ -42,7 +51,7 @@ class Rehearsal(Struct):
     source: SourceDisk
     target: TargetDisk
     recorder: Recorder
-    sets: list[tuple[str, str]] = field(default_factory=list)
+    sets: list[Kept] = field(default_factory=list)
 
     @property
     def place(self) -> Path:
@@ -101,7 +110,7 @@ def back_up(lab: Rehearsal, strategy: str) -> None:
             blocks_new=image.blocks_new,
             blocks_shared=image.blocks_shared,
         )
-        base = lab.sets[0][0] if lab.sets else None
+        base = lab.sets[0].id if lab.sets else None
         row.remark = f"set {summary.set[:8]}" + (f" on {summary.base[:8]}" if summary.base else "")
         if summary.strategy != strategy:
             row.fail(f"a {strategy} backup was asked for, and it was {summary.strategy}")
@@ -111,7 +120,27 @@ def back_up(lab: Rehearsal, strategy: str) -> None:
             row.fail("it is incomplete")
         if lab.sets and not 0 < image.blocks_changed * image.block_size < lab.size:
             row.fail(f"{image.blocks_changed} blocks are said to have changed")
-    lab.sets.append((summary.set, raw.digest(lab.source.image)))
+    _used_blocks(lab, summary, image)
+    used = _in_use(lab)
+    lab.sets.append(Kept(summary.set, used, raw.digest(lab.source.image, used)))
+
+
+def _in_use(lab: Rehearsal) -> Extents:
+    """What is in use of the disk, by the filesystems' own maps."""
+    with lab.source.image.open("rb") as file:
+        return whole.used_blocks(file.fileno(), lab.size).used
+
+
+def _used_blocks(lab: Rehearsal, summary: backup.BackupSummary, image: backup.ImageSummary) -> None:
+    """Each filesystem was imaged by its own map: what was read of it, what is in use, and all of it."""
+    uses = {use.number: use for use in image.parts}
+    for one in lab.filesystems:
+        with lab.recorder.step(f"{summary.strategy}: used blocks of {one.part.name}") as row:
+            use = uses[one.part.number]
+            row.figures["bytes_read"] = use.read
+            row.remark = f"{format_size(use.used)} of {format_size(use.size)} in use"
+            if use.every_block:
+                row.fail(f"every block was imaged: {use.every_block}")
 
 
 def change(lab: Rehearsal, number: int) -> None:
@@ -126,17 +155,26 @@ def change(lab: Rehearsal, number: int) -> None:
         lab.source.settle()
         lab.recorder.reporter.note(", ".join(f"{what} {n}" for what, n in sorted(counts.items())))
         row.remark = f"{counts.total()} changes: {'; '.join(means)}"
-        if raw.digest(lab.source.image) == lab.sets[-1][1]:
+        last = lab.sets[-1]
+        if raw.digest(lab.source.image, last.used) == last.digest:
             row.fail("the disk is the same as before")
 
 
 def restore_latest(lab: Rehearsal) -> None:
-    """Restore the last set to the second disk and hold it against the source."""
+    """Restore the last set to the second disk, full of random bytes, and hold it against the source."""
+    last = lab.sets[-1]
     with lab.recorder.step("restore") as row:
-        _restore(lab, row, lab.sets[-1][0], lab.target.target)
+        # Over a file that is kept, as a device's content is.
+        kept = lab.target.target == str(lab.target.image)
+        _restore(lab, row, last.id, lab.target.target, delta=kept, unused="leave")
+        row.remark += "; nothing written where nothing is in use"
     with lab.recorder.step("compare the disks") as row:
-        differing = raw.differences(lab.source.image, lab.target.image, lab.size)
-        row.remark = "byte for byte"
+        others = raw.differences(lab.source.image, lab.target.image, lab.size)
+        differing = others & last.used
+        noise = (others - last.used).total
+        row.remark = f"byte for byte where it is in use; {format_size(noise)} of noise elsewhere"
+        if not noise:
+            row.fail("nothing was left out")
         if differing:
             row.fail(f"{format_size(differing.total)} differ, the first at byte {differing.ranges[0][0]}")
 
@@ -170,18 +208,21 @@ def _compare_files(row: Draft, expected: tree.Listing, found: tree.Listing | Non
 def restore_earlier(lab: Rehearsal) -> None:
     """Restore the earlier sets to a file: the first anew, the others over it, writing what differs."""
     target = lab.work / "earlier.img"
-    for at, (one, digest) in enumerate(lab.sets[:-1]):
+    for at, one in enumerate(lab.sets[:-1]):
         name = "restore the first set" if at == 0 else f"restore set {at + 1} over it (--delta)"
         with lab.recorder.step(name) as row:
-            _restore(lab, row, one, str(target), delta=at > 0)
+            _restore(lab, row, one.id, str(target), delta=at > 0)
             row.remark = "the same as when it was backed up"
-            if raw.digest(target) != digest:
+            if raw.digest(target, one.used) != one.digest:
                 row.fail("not what was backed up")
 
 
-def _restore(lab: Rehearsal, row: Draft, text: str, target: str, *, delta: bool = False) -> None:
+def _restore(
+    lab: Rehearsal, row: Draft, text: str, target: str, *, delta: bool = False, unused: str = "discard"
+) -> None:
     options = restore.RestoreOptions(
         delta=delta,
+        unused=unused,
         overwrite=delta,
         confirm_device=identify(target).confirmation if os.path.exists(target) else None,
     )
@@ -196,9 +237,9 @@ def _restore(lab: Rehearsal, row: Draft, text: str, target: str, *, delta: bool 
 
 def verify_all(lab: Rehearsal) -> None:
     """Every set and the whole repository are sound."""
-    for one, _ in lab.sets:
-        with lab.recorder.step(f"verify {one[:8]}") as row, lab.open() as repository:
-            summary = verify.verify(repository, one, lab.recorder.reporter)
+    for one in lab.sets:
+        with lab.recorder.step(f"verify {one.id[:8]}") as row, lab.open() as repository:
+            summary = verify.verify(repository, one.id, lab.recorder.reporter)
             row.figures.update(bytes_read=summary.bytes, blocks_read=summary.blocks)
             if not summary.ok:
                 row.fail(f"{len(summary.damage)} damaged extents")
@@ -219,7 +260,7 @@ def corrupt(lab: Rehearsal) -> None:
 
 
 def _corrupt(lab: Rehearsal, copy: Path) -> None:
-    sets = [one for one, _ in lab.sets]
+    sets = [one.id for one in lab.sets]
     with lab.recorder.step("damage one byte") as row:
         with lab.open() as repository:
             hurt = wound.choose(repository, sets)

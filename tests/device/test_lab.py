@@ -83,7 +83,19 @@ def test_everything_holds_on_loop_devices(tmp_path: Path) -> None:
     assert incremental.bytes_stored < full.bytes_stored / 2
     assert incremental.blocks_changed and differential.blocks_changed
     assert differential.blocks_changed >= incremental.blocks_changed / 2
+    _by_used_blocks(summary)
     assert clean(tmp_path)
+
+
+def _by_used_blocks(summary: lab.LabSummary) -> None:
+    """Every filesystem has a row for what was read of it, and the rest of the target is noise still."""
+    rows = {row.step: row for row in summary.rows}
+    for name in summary.filesystems:
+        row = rows[f"full: used blocks of {name}"]
+        assert row.bytes_read and "in use" in row.remark
+    [restored] = [row for row in summary.rows if row.step == "restore"]
+    assert restored.bytes_written and restored.bytes_written < WHOLE / 2
+    assert "noise elsewhere" in rows["compare the disks"].remark
 
 
 def test_everything_holds_on_files_alone(tmp_path: Path) -> None:
@@ -92,6 +104,7 @@ def test_everything_holds_on_files_alone(tmp_path: Path) -> None:
     assert summary.mode == "files" and summary.filesystems == ("fat", "ext4", "xfs", "btrfs")
     remark = next(row.remark for row in summary.rows if row.step == "changes, round 1")
     assert "ext4 by debugfs" in remark and "xfs made anew" in remark
+    _by_used_blocks(summary)
     assert clean(tmp_path)
 
 

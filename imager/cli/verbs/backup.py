@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 @click.option("--changed", metavar="MAP", help="Read only what MAP names: bmap, ddrescue mapfile or JSON.")
 @click.option(
     "--used-blocks/--all-blocks",
-    default=False,
+    default=True,
     show_default=True,
-    help="Leave out what no filesystem uses (ext2/3/4, XFS, btrfs): it comes back as zeroes.",
+    help="Leave out what no filesystem uses, or image it all the same.",
 )
 @click.option(
     "--on-read-error",
@@ -71,7 +71,9 @@ def command(
 
     A SOURCE is a disk, a partition, an image file, or - for standard input,
     which needs --name. The second backup of the same name stores only what
-    changed; each set is complete by itself all the same.
+    changed; each set is complete by itself all the same. Blocks that no
+    filesystem uses are left out, where its own maps can be believed; what
+    is printed says for each partition whether they were, or why not.
     """
     opening = shell.open(writing=True, cached=True)
     from imager.engine import backup
@@ -131,9 +133,8 @@ def _print(shell: Shell, summary: BackupSummary) -> None:
         how = "looked up" if summary.by_content else "changed"
         blocks = f"{changed} {how}, {image.blocks_new} stored, {image.blocks_shared} known"
         shell.print(f"  {image.disk}: {format_size(image.size)}, {read}, {blocks}")
-        if image.blocks_unused:
-            left_out = format_size(image.blocks_unused * image.block_size)
-            shell.print(f"  {image.disk}: {left_out} left out: no filesystem uses them")
+        for part in image.parts:
+            shell.print(f"    {part.describe()}")
         for start, length in image.unreadable:
             shell.print(f"  {image.disk}: UNREADABLE: {length} bytes at {start}")
     read_in_all = sum(image.bytes_read for image in summary.images)

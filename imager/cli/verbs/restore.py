@@ -14,7 +14,7 @@ from imager.errors import EXIT_DONE, EXIT_INCOMPLETE, UsageError
 from imager.units import format_duration, format_rate, format_size
 
 if TYPE_CHECKING:
-    from imager.engine.restore import RestorePlan
+    from imager.engine.restore import RestorePlan, RestoreSummary
 
 
 @verb("restore")
@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 @click.option("--delta", is_flag=True, help="Read TARGET first and write only what differs.")
 @click.option("--resume", is_flag=True, help="Go on with a restore that was interrupted.")
 @click.option("--no-verify", is_flag=True, help="Do not read back what was written.")
+@click.option(
+    "--unused",
+    type=click.Choice(["discard", "zero", "leave"]),
+    default="discard",
+    show_default=True,
+    help="Blocks that no filesystem used: discard them (where TARGET can), write zeroes, or leave them.",
+)
 @click.option("--overwrite", is_flag=True, help="Let an image file that has content be overwritten.")
 @click.option(
     "--confirm-device",
@@ -40,6 +47,7 @@ def command(
     delta: bool,
     resume: bool,
     no_verify: bool,
+    unused: str,
     overwrite: bool,
     confirm_device: str | None,
     threads: int,
@@ -55,7 +63,7 @@ def command(
     """
     opening = shell.open(cached=True)
     if target == "-":
-        if any((shell.json, delta, resume, dry_run, overwrite, confirm_device)):
+        if any((shell.json, delta, resume, dry_run, overwrite, confirm_device, unused != "discard")):
             raise UsageError(
                 "standard output is only written, in order",
                 hint="of the options, --disk and --threads go with it; or name a file",
@@ -77,6 +85,7 @@ def command(
         overwrite=overwrite,
         confirm_device=confirm_device,
         threads=threads,
+        unused=unused,
     )
     with shell.reporter() as reporter:
         repository = opening.unlock()
@@ -94,13 +103,20 @@ def command(
     else:
         shell.print(
             f"restored {summary.disk} of {summary.set[:8]} to {summary.target}: {format_size(summary.size)},"
-            f" {format_size(summary.bytes_written)} written in {format_duration(summary.seconds)}"
+            f" {format_size(summary.bytes_written)} written{_unused(summary)}"
+            f" in {format_duration(summary.seconds)}"
             f" ({format_rate(summary.size, summary.seconds)}),"
             f" {'read back and equal' if summary.verified else 'NOT read back (--no-verify)'}"
         )
         for start, length in summary.unreadable:
             shell.print(f"not in the set, zeroes written: {format_size(length)} at byte {start}")
     return EXIT_INCOMPLETE if summary.unreadable else EXIT_DONE
+
+
+def _unused(summary: RestoreSummary) -> str:
+    """What became of what no filesystem used."""
+    how = {"discard": "discarded", "leave": "left as it was"}.get(summary.unused)
+    return f", {format_size(summary.bytes_unused)} not in use {how}" if summary.bytes_unused and how else ""
 
 
 def _ask(plan: RestorePlan, confirm_device: str | None) -> str | None:

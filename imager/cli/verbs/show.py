@@ -47,7 +47,7 @@ def command(shell: Shell, set_text: str, layout: bool, svg: str | None) -> None:
         shell.print(f"{key + ':':<10} {value}")
     for image in images:
         shell.print()
-        for line in (*_disk(image), *(_layout(image) if layout else ())):
+        for line in (*_disk(manifest, image), *(_layout(image) if layout else ())):
             shell.print(line)
 
 
@@ -71,8 +71,13 @@ def _when(checked: Verified | None) -> str:
     return f"{format_time(checked.when / 1e6)}, {verdict}"
 
 
-def _disk(image: Image) -> Iterator[str]:
-    yield f"{image.disk}: {format_size(image.size)} in blocks of {format_size(image.block_size)}"
+def _disk(manifest: Manifest, image: Image) -> Iterator[str]:
+    from imager.engine import unused
+
+    left_out, parts = unused.recorded(manifest, manifest.images.index(image))
+    size = f"{format_size(image.size)} in blocks of {format_size(image.block_size)}"
+    yield f"{image.disk}: {size}" + (f", {format_size(image.size - left_out)} of it imaged" if parts else "")
+    yield from (f"  {part.describe()}" for part in parts)
     for start, length in image.unreadable:
         yield f"  UNREADABLE when taken: {format_size(length)} at byte {start}"
 
