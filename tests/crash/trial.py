@@ -211,7 +211,7 @@ def _by_imager(stand: Stand, trial: Trial) -> Outcome:
         "XDG_CACHE_HOME": str(stand.root / "cache"),
     }
     target = stand.clone("noise", "restored", copy.stat().st_size)
-    backup = ["backup", "--used-blocks", "--block-size", "4K", str(copy)]
+    backup = ["backup", "--block-size", "4K", str(copy)]
     for command in (["init", "--encryption", "none"], backup, ["restore", "latest", str(target), *RESTORE]):
         done = subprocess.run([*argv, *command], capture_output=True, text=True, check=False, env=environment)
         if command is backup:
@@ -223,20 +223,18 @@ def _by_imager(stand: Stand, trial: Trial) -> Outcome:
     return out
 
 
-RESTORE = ["--overwrite"]
+RESTORE = ["--overwrite", "--unused", "leave"]
 
 
 def _told(output: str) -> tuple[str, float]:
     """Why every block was imaged, or nothing; and what was imaged of the source, as a part of it."""
-    note, fraction = "", 1.0
     for line in output.splitlines():
         message = json.loads(line)
-        if message["message_type"] == "note" and "every block" in message["text"]:
-            note = message["text"].partition("every block is imaged: ")[2]
         if message["message_type"] == "summary":
             [image] = message["images"]
-            fraction = 1 - image["blocks_unused"] * image["block_size"] / image["size"]
-    return note, fraction
+            [part] = image["parts"]
+            return part["every_block"], image["bytes_used"] / image["size"]
+    return "", 1.0
 
 
 def _by_partclone(stand: Stand, trial: Trial, *more: str) -> Outcome:
