@@ -1,9 +1,9 @@
 """Imaging by used blocks, measured: against partclone on six filesystems, and maps of 4 TiB.
 
 Invariant: both sides run in turn on the same file, as whole processes, each to a compressed copy in memory:
-`imager backup` (which hashes, deduplicates and encrypts as well) and `partclone -c | lz4`. What is called used
-is each tool's own word, by its map; nothing is estimated. What imager reads is counted in whole blocks of the
-image, holes of the file among them, as it would read a device.
+`imager backup` (which hashes, deduplicates and encrypts as well) and `partclone -c | lz4`. What is called
+used is each tool's own word, by its map; nothing is estimated. What imager reads is counted in whole blocks
+of the image, holes of the file among them, as it would read a device.
 
     python tests/bench/filesystems.py                  all kinds (root, loop devices, FUSE)
     python tests/bench/filesystems.py --kinds ext4,xfs --rounds 7
@@ -42,7 +42,7 @@ def child_map(image: str) -> None:
 
 
 def imaged(image: Path, folder: Path, block: str) -> tuple[Run, int]:
-    """One backup into a new repository: what it took, and the bytes of the blocks that it did not leave out."""
+    """One backup into a new repository: what it took, and the bytes of the blocks that are not left out."""
     program = [
         sys.executable,
         "-m",

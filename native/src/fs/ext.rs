@@ -5,7 +5,8 @@
 //!
 //! Invariant: superblock and descriptor copies, bitmaps and inode tables count as used whatever
 //! the bitmaps say; so do the boot block, and what follows the last whole block. A bitmap is
-//! believed where its checksum holds and it has as many free clusters as its descriptor says.
+//! believed where its checksum holds and it has as many free clusters as its descriptor says. Where
+//! the journal had to be replayed first, every block of every file has to be in use by the map, too.
 
 use super::collect::Collector;
 use super::disk::{Disk, Piece, ReadAt};

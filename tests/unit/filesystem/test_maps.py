@@ -234,3 +234,103 @@ def test_a_copy_made_while_it_was_written(fd: int, tmp_path: Path) -> None:
     answer = maps.used_blocks(fd, 0, sample.size)
     reason = "files of it take blocks that its bitmaps call free: a copy made while it was written?"
     assert answer == Unknown(reason, "ext3")
+
+
+JOURNALS = [
+    ("-t ext3", "jo"),
+    ("-t ext4 -O ^metadata_csum", "jo"),
+    ("-t ext4 -O metadata_csum,^64bit", "jo -c -v 2"),
+    ("-t ext4 -O metadata_csum,64bit", "jo -c -v 2"),
+    ("-t ext4 -O metadata_csum,^64bit", "jo -c -v 3"),
+    ("-t ext4 -O metadata_csum,64bit", "jo -c -v 3"),
+]
+NUMBER = "c03b3998"
+"What a block of the log begins with: one that begins so by itself is logged without it."
+
+
+class Logged:
+    """A filesystem whose journal debugfs writes."""
+
+    def __init__(self, folder: Path, options: str, begin: str, group: int = 0) -> None:
+        """`bitmap` is that of `group`."""
+        self.image = folder / "image"
+        with open(self.image, "wb") as file:
+            file.truncate(24 * MIB)
+        argv = ["mke2fs", "-qF", *options.split(), "-b", "1024", "-J", "size=1", "-N", "512", str(self.image)]
+        command.run(argv)
+        out = command.text(["dumpe2fs", str(self.image)]).split(f"Group {group}:")[1]
+        self.bitmap = int(out.split("Block bitmap at ")[1].split()[0].rstrip(","))
+        self._begin = begin
+        self._folder = folder
+
+    def block(self, number: int) -> bytes:
+        with open(self.image, "rb") as file:
+            file.seek(number * 1024)
+            return file.read(1024)
+
+    def put(self, number: int, content: bytes) -> None:
+        with open(self.image, "r+b") as file:
+            file.seek(number * 1024)
+            file.write(content)
+
+    def log(self, *steps: str, content: bytes = b"") -> None:
+        """Transactions, as debugfs's `jw` takes them; `content` is what they log."""
+        (self._folder / "blocks").write_bytes(content)
+        lines = [self._begin, *(f"jw {step} {self._folder / 'blocks'}" for step in steps), "jc", ""]
+        (self._folder / "script").write_text("\n".join(lines))
+        command.run(["debugfs", "-w", "-f", str(self._folder / "script"), str(self.image)])
+
+    def map(self) -> Used | Unknown:
+        fd = os.open(self.image, os.O_RDONLY)
+        try:
+            return maps.used_blocks(fd, 0, self.image.stat().st_size)
+        finally:
+            os.close(fd)
+
+
+@pytest.mark.parametrize(("options", "begin"), JOURNALS)
+def test_every_format_of_a_journal(options: str, begin: str, tmp_path: Path) -> None:
+    """A bitmap that is only in the journal; revoked there; logged again after that."""
+    logged = Logged(tmp_path, options, begin)
+    clean, bitmap = logged.map(), logged.block(logged.bitmap)
+    assert isinstance(clean, Used)
+    noise = bytes(range(256)) * 4
+    for steps, whole in (
+        ([f"-b {logged.bitmap}"], True),
+        ([f"-b {logged.bitmap}", f"-r {logged.bitmap}"], False),
+        ([f"-b {logged.bitmap}", f"-r {logged.bitmap}", f"-b {logged.bitmap}"], True),
+        ([f"-b {logged.bitmap} -c"], False),  # without a commit, nothing is replayed
+    ):
+        logged.log(*steps, content=bitmap)
+        logged.put(logged.bitmap, noise)
+        answer = logged.map()
+        if whole:
+            assert isinstance(answer, Used) and answer.extents == clean.extents, (steps, answer)
+        else:
+            assert isinstance(answer, Unknown) and "bitmap" in answer.reason, (steps, answer)
+        logged.put(logged.bitmap, bitmap)
+        command.run(["e2fsck", "-fy", str(logged.image)], ok=(0, 1))
+
+
+def test_a_logged_block_that_begins_as_the_log_does(tmp_path: Path) -> None:
+    logged = Logged(tmp_path, "-t ext3", "jo", group=1)
+    bitmap, table = logged.block(logged.bitmap), bytearray(logged.block(2))
+    odd = bytes.fromhex(NUMBER) + bitmap[4:]
+    free = 8192 - sum(byte.bit_count() for byte in odd)
+    table[32 + 12 : 32 + 14] = free.to_bytes(2, "little")
+    logged.log(f"-b 2,{logged.bitmap}", content=bytes(table) + odd)
+    assert bytes.fromhex(NUMBER) not in (logged.block(logged.bitmap)[:4], bitmap[:4])
+    before = logged.map()
+    assert isinstance(before, Used), before
+    command.run(["e2fsck", "-E", "journal_only", "-y", str(logged.image)], ok=(0, 1))
+    assert logged.block(logged.bitmap) == odd
+    after = logged.map()
+    assert isinstance(after, Used) and after.extents == before.extents
+
+
+def test_a_journal_with_something_in_it_that_needs_no_recovery(tmp_path: Path) -> None:
+    logged = Logged(tmp_path, "-t ext4", "jo -c -v 3")
+    logged.log(f"-b {logged.bitmap}", content=logged.block(logged.bitmap))
+    command.run(["debugfs", "-w", "-R", "feature ^needs_recovery", str(logged.image)])
+    reason = "its journal is not empty, though it says that it needs no recovery"
+    assert logged.map() == Unknown(reason, "ext4")
