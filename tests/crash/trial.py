@@ -38,6 +38,8 @@ OPTIONS = {
         "-t ext4 -O ^metadata_csum",
         "-t ext4 -O ^64bit -I 128",
         "-t ext4 -O bigalloc -C 16384",
+        "-t ext4 -O orphan_file",
+        "-t ext4 -O meta_bg,^resize_inode,^flex_bg -b 1024",
     ],
     "xfs": ["", "-b size=1024", "-m rmapbt=1", "-d agcount=2"],
     "btrfs": ["", "--mixed", "-d dup", "--nodesize 4096"],

@@ -75,6 +75,7 @@ class Worker(threading.Thread):
         self._ledger = ledger
         self._files: dict[str, bytearray] = {}
         self._snapshots: list[str] = []
+        self._held: list[int] = []
         self._made = 0
         self.stopping = threading.Event()
         self.error: BaseException | None = None
@@ -86,7 +87,7 @@ class Worker(threading.Thread):
         steps: list[tuple[int, Callable[[], None]]] = [
             (24, self.create), (9, self.append), (9, self.overwrite), (8, self.mapped), (8, self.direct),
             (7, self.truncate), (10, self.rename), (14, self.unlink), (4, self.punch), (3, self.link),
-            (1, self.sync_all), (3, self.replace),
+            (1, self.sync_all), (3, self.replace), (3, self.hold),
         ]  # fmt: skip
         if self._kind in ("xfs", "btrfs"):
             steps.append((6, self.clone))
@@ -104,6 +105,9 @@ class Worker(threading.Thread):
                 self.error = error
         except BaseException as error:
             self.error = error
+        finally:
+            for fd in self._held:
+                os.close(fd)
 
     # --- what is done ----------------------------------------------------------------------
 
@@ -206,6 +210,18 @@ class Worker(threading.Thread):
         if path := self._any():
             os.unlink(self._root / path)
             del self._files[path]
+
+    def hold(self) -> None:
+        """Deleted while it is open: what a crash leaves for the next mount to clean up."""
+        path = self._new()
+        fd = os.open(self._root / path, os.O_RDWR | os.O_CREAT)
+        self._held.append(fd)
+        os.write(fd, self._bytes(self._chance.choice(SIZES)))
+        os.unlink(self._root / path)
+        if self._chance.random() < 0.5:
+            os.fsync(fd)
+        if len(self._held) > 4:
+            os.close(self._held.pop(0))
 
     def punch(self) -> None:
         """Room ahead, or a hole."""

@@ -69,7 +69,7 @@ EXT = [
     "-t ext4 -J size=4 -m 0 -E lazy_itable_init=0,lazy_journal_init=0",
     "-t ext4 -E packed_meta_blocks=1",
     "-t ext4 -O orphan_file",
-    "-t ext4 -O fast_commit,quota,project",
+    "-t ext4 -O fast_commit,stable_inodes",
     "-t ext4 -O ^extents,^64bit -I 128",
     "-t ext4 -O bigalloc,meta_bg,^resize_inode,sparse_super2 -C 8192",
 ]
@@ -93,7 +93,7 @@ XFS = [
     "-l version=1 -m crc=0",
     "-l agnum=2",
     "-i size=2048 -n size=16384",
-    "-d agcount=7 -m reflink=1,rmapbt=1,inobtcount=1 -i sparse=1",
+    "-d agcount=3 -m reflink=1,rmapbt=1,inobtcount=1 -i sparse=1",
 ]
 BTRFS = [
     "",
