@@ -249,16 +249,18 @@ def _take_all(lane: Lane, moved: Sequence[int], reporter: Reporter) -> None:
     """What was left out of some parts may be in use now: begin anew, with every block of them."""
     assert lane.imaging is not None and lane.opened is not None and lane.begin is not None
     for at in moved:
-        number = lane.unused.parts[at].number
+        part = lane.unused.parts[at]
+        # Whatever a map of changes said of it, that did not speak of what came to be while it was read.
+        place = Extents.of([(part.start, part.start + part.size)]).clip(lane.opened.size)
+        lane.wanted |= place.blocks(lane.unused.block_size)
+        number = part.number
         what = lane.source.path if number is None else f"partition {number} of {lane.source.path}"
         reporter.warn(
             f"{what} was written to while it was read: every block of it is read now",
             hint="this image is no state that it ever was in: back up an unmounted filesystem, or a snapshot",
         )
-    earlier, before = lane.imaging, lane.unused.blocks
+    earlier = lane.imaging
     lane.unused = lane.unused.without(moved)
-    # Whatever a map of changes said of them, it did not speak of what came to be while this was read.
-    lane.wanted |= before - lane.unused.blocks
     lane.imaging = lane.begin()
     lane.imaging.follow(earlier)
 

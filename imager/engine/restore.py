@@ -230,6 +230,8 @@ class _Run:
             # What stood there belonged to a target that was whole, until the first difference was found.
             for window in self.windows(Extents.of([(0, waiting)])):
                 self.give_up(window)
+        elif waiting and self.unused == "discard":
+            self.unused = "leave"  # no difference: nothing is done to the target
 
     def write(self, window: Window, blocks: Extents, *, counted: bool) -> None:
         """Write `blocks` of a window. `counted`: the reporter knows of them from the comparison."""

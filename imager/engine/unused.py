@@ -120,9 +120,7 @@ class Unused(Struct, frozen=True):
         return tuple(
             at
             for at in mine
-            if not isinstance(answer := now[at].answer, Used)
-            or answer.extents != _extents(self.parts[at])
-            or _state(opened, now[at]) != self.states[at]
+            if now[at].answer != self.parts[at].answer or _state(opened, now[at]) != self.states[at]
         )
 
     def without(self, moved: Iterable[int]) -> Unused:
@@ -139,7 +137,7 @@ def find(opened: Opened, block_size: int) -> Unused:
     Whoever leaves these blocks out asks `moved` when the others are read.
     """
     parts = _look(opened)
-    states = tuple(_state(opened, part) if isinstance(part.answer, Used) else b"" for part in parts)
+    states = tuple(_state(opened, part) for part in parts)
     return _of(parts, states, block_size, opened.size)
 
 
@@ -154,8 +152,14 @@ def _extents(part: Part) -> Extents | None:
 
 
 def _state(opened: Opened, part: Part) -> bytes:
-    """What changes where a filesystem is written to: its superblock's times, counts and generation."""
-    return hashlib.blake2b(whole.read(opened.fd, part.start, min(_STATE, part.size))).digest()
+    """What changes where a filesystem is written to: its superblock's times, counts and generation.
+
+    Only what is in use counts: of swap space the header, not the pages that come and go.
+    """
+    digest = hashlib.blake2b()
+    for start, end in (_extents(part) or Extents()).clip(_STATE):
+        digest.update(whole.read(opened.fd, part.start + start, end - start))
+    return digest.digest()
 
 
 def _of(parts: tuple[Part, ...], states: tuple[bytes, ...], block_size: int, size: int) -> Unused:

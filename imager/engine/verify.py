@@ -27,7 +27,8 @@ class VerifySummary(Struct, frozen=True):
     """What a verification found; sizes in bytes.
 
     `blocks` hold data, `bytes` is what they hold, `stored` what was read for
-    it. `unreadable`: (disk, start, length) that the backup could not read.
+    it. `unused`: what was not in use, has no content, and is not compared.
+    `unreadable`: (disk, start, length) that the backup could not read.
     `differing`: (disk, start, length) where the device compared with differs.
     """
 
@@ -37,6 +38,7 @@ class VerifySummary(Struct, frozen=True):
     blocks: int
     bytes: int
     stored: int
+    unused: int
     ok: bool
     damage: tuple[Damage, ...]
     damaged_bytes: int
@@ -87,6 +89,7 @@ def verify(
         blocks=work.blocks,
         bytes=work.bytes,
         stored=work.stored,
+        unused=work.unused,
         ok=not damage and not differing,
         damage=damage,
         damaged_bytes=damaged,
@@ -109,6 +112,7 @@ class _Work:
         self.blocks = 0
         self.bytes = 0
         self.stored = 0
+        self.unused = 0
         self.damage: list[Damage] = []
 
     def image(self, image: Image) -> None:
@@ -119,7 +123,8 @@ class _Work:
             start = first * geometry.block_size
             pages.append(Damage(image.disk, start, geometry.length(first, first + count), reason))
 
-        data, _ = image.totals(lost)
+        data, unused = image.totals(lost)
+        self.unused += unused
         pages.clear()
         self.reporter.phase(f"verifying {image.disk}", data)
         fetcher = Fetcher(self.repository, image.disk, geometry, self.reporter, threads=self.threads)

@@ -90,6 +90,8 @@ def _at_rest(answer: Used | Unknown) -> Used | Unknown:
     """The map of a filesystem that is mounted for writing: believed only where a log would tell of work."""
     if isinstance(answer, Unknown) or answer.kind not in _TELLING:
         return Unknown(_MOUNTED, answer.kind)
+    if answer.note and answer.kind.startswith("ext"):
+        return Unknown(_MOUNTED, answer.kind)  # a frozen one is as clean as one that was unmounted
     return Used(answer.extents, "; ".join(filter(None, (answer.note, AT_REST))), answer.kind)
 
 

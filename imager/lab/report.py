@@ -19,7 +19,10 @@ from imager.units import format_duration, format_size
 
 
 class Row(Struct, frozen=True):
-    """One step. Sizes in bytes; None where a figure has no meaning for the step."""
+    """One step. Sizes in bytes; None where a figure has no meaning for the step.
+
+    `bytes_used` of `bytes_total` of a filesystem are in use.
+    """
 
     step: str
     ok: bool
@@ -31,6 +34,8 @@ class Row(Struct, frozen=True):
     blocks_changed: int | None = None
     blocks_new: int | None = None
     blocks_shared: int | None = None
+    bytes_used: int | None = None
+    bytes_total: int | None = None
     remark: str = ""
 
 

@@ -137,7 +137,7 @@ def _used_blocks(lab: Rehearsal, summary: backup.BackupSummary, image: backup.Im
     for one in lab.filesystems:
         with lab.recorder.step(f"{summary.strategy}: used blocks of {one.part.name}") as row:
             use = uses[one.part.number]
-            row.figures["bytes_read"] = use.read
+            row.figures.update(bytes_read=use.read, bytes_used=use.used, bytes_total=use.size)
             row.remark = f"{format_size(use.used)} of {format_size(use.size)} in use"
             if use.every_block:
                 row.fail(f"every block was imaged: {use.every_block}")

@@ -23,9 +23,10 @@ def command(
 ) -> int:
     """Build a partitioned disk in loopback files, and rehearse everything on it.
 
-    Full backup, changes, incremental, differential, restore, comparison, file
-    system checks, and one corruption that verify has to find. As root it works
-    on loop devices, else on files alone. Exit 0 only if all held.
+    Full backup, changes, incremental, differential, restore onto a disk full
+    of random bytes, comparison, file system checks, and one corruption that
+    verify has to find. As root it works on loop devices, else on files alone.
+    Exit 0 only if all held.
     """
     from imager import lab
 

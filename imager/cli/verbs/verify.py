@@ -52,6 +52,6 @@ def _print(shell: Shell, summary: VerifySummary) -> None:
     if summary.against is not None:
         different = sum(length for _, _, length in summary.differing)
         same = f"{format_size(different)} differ from" if different else "equal to"
-        verdict += f", {same} {summary.against}"
+        verdict += f", {same} {summary.against}" + (" where it is in use" if summary.unused else "")
     took = f"in {format_duration(summary.seconds)} ({format_rate(summary.bytes, summary.seconds)})"
     shell.print(f"{summary.name} {summary.set[:8]}: {verdict}; {format_size(summary.bytes)} of data {took}")

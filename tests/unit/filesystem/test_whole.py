@@ -43,7 +43,7 @@ def disk(path: Path, label: str = "gpt", sizes: dict[int, int] | None = None) ->
 def opened(tmp_path: Path) -> Iterator[tuple[Path, int]]:
     path = tmp_path / "disk"
     disk(path)
-    fd = os.open(path, os.O_RDONLY)
+    fd = os.open(path, os.O_RDWR)
     yield path, fd
     os.close(fd)
 
@@ -81,6 +81,21 @@ def test_what_is_written_meanwhile_is_used(opened: tuple[Path, int]) -> None:
     assert not Extents.of([(100 * MIB, 400 * MIB)]) - found.used
     all_ = whole.used_blocks(opened[1], SIZE, written={None})
     assert all_.used == Extents.whole(SIZE)
+
+
+def test_what_is_at_rest_has_a_map_for_whoever_looks_again(opened: tuple[Path, int]) -> None:
+    """Where a log tells of work that is under way; a btrfs never tells."""
+    alone = whole.used_blocks(opened[1], SIZE)
+    found = whole.used_blocks(opened[1], SIZE, written={1, 2, 3, 4}, again=True)
+    for part, other in zip(found.parts[:2], alone.parts, strict=False):
+        assert isinstance(part.answer, Used) and isinstance(other.answer, Used)
+        assert part.answer == Used(other.answer.extents, whole.AT_REST, other.answer.kind)
+    assert [part.answer for part in found.parts[2:]] == [
+        Unknown("it is mounted for writing, and changes while it is read", kind) for kind in ("btrfs", "")
+    ]
+    os.pwrite(opened[1], b"\0\0", MIB + 1024 + 0x3A)  # as a mounted ext4 is
+    [busy, *_] = whole.used_blocks(opened[1], SIZE, written={1}, again=True).parts
+    assert isinstance(busy.answer, Unknown) and "mounted for writing" in busy.answer.reason
 
 
 def test_partitions_that_make_no_sense(tmp_path: Path) -> None:
