@@ -11,6 +11,8 @@ FOLDER = Path(__file__).parents[1] / "fixtures/filesystems"
 PAGE = 4096
 KINDS = {"ext2": "ext2", "ext4": "ext4", "bigalloc": "ext4", "xfs4": "xfs", "xfs5": "xfs", "btrfs": "btrfs"}
 "Samples, and what `maps.probe` calls them."
+UNREPLAYED = {"unreplayed3": "ext3", "unreplayed4": "ext4"}
+"Those that were mounted when they were copied."
 
 
 class Sample:

@@ -1,8 +1,9 @@
 """ext2, ext3 and ext4: what is in use, by their block bitmaps.
 
-Invariant: a map comes only from a filesystem that was left cleanly, whose
-descriptors, checksums and counts agree; all metadata counts as used, whatever
-the bitmaps say. The walk is `native/src/fs/ext.rs`, which names its sources.
+Invariant: a map comes only from a filesystem that was left cleanly, or whose
+journal was replayed in memory, exactly; whose descriptors, checksums and
+counts agree. All metadata counts as used, whatever the bitmaps say. The walk
+is `native/src/fs/ext.rs`, which names its sources.
 """
 
 from __future__ import annotations

@@ -37,6 +37,21 @@ impl<R: ReadAt> Disk<R> {
         (end <= 1 << 62).then_some(Self { source, start, size })
     }
 
+    /// The same partition, its bytes from elsewhere.
+    pub fn with<S: ReadAt>(&self, source: S) -> Disk<S> {
+        Disk { source, start: self.start, size: self.size }
+    }
+
+    /// Where its bytes come from; offsets there count from the device's first byte.
+    pub fn source(&self) -> &R {
+        &self.source
+    }
+
+    /// The partition's first byte.
+    pub fn start(&self) -> u64 {
+        self.start
+    }
+
     /// Bytes of the partition.
     pub fn size(&self) -> u64 {
         self.size

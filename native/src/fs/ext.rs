@@ -5,13 +5,15 @@
 //!
 //! Invariant: superblock and descriptor copies, bitmaps and inode tables count as used whatever
 //! the bitmaps say; so do the boot block, and what follows the last whole block. A bitmap is
-//! believed where its checksum holds and it has as many free clusters as its descriptor says.
+//! believed where its checksum holds and it has as many free clusters as its descriptor says. Where
+//! the journal had to be replayed first, every block of every file has to be in use by the map, too.
 
 use super::collect::Collector;
 use super::disk::{Disk, Piece, ReadAt};
+use super::ext_inode::{self, Inode};
 use super::ext_layout::{self, Group, Layout, Sums, SUPER};
 use super::sums::crc32c;
-use super::{doubt, Sure, Used};
+use super::{doubt, jbd2, Sure, Used};
 
 /// Bytes of bitmaps that are read at once where they stand side by side.
 const AHEAD: u64 = 2 << 20;
@@ -24,7 +26,22 @@ pub fn probe<R: ReadAt>(disk: &Disk<R>) -> Option<&'static str> {
 /// The map.
 pub fn used<R: ReadAt>(disk: &Disk<R>) -> Sure<Used> {
     let layout = Layout::parse(&disk.read(SUPER.0, SUPER.1)?.view(), disk.size())?;
-    let walk = Walk { disk, layout: &layout };
+    if !layout.unreplayed {
+        jbd2::is_empty(disk, &layout)?;
+        return Ok(Used { ranges: ranges(disk, &layout)?, note: String::new() });
+    }
+    let replay = jbd2::read(disk, &layout)?;
+    let note = format!("its journal, not replayed yet, is replayed into the map: {} blocks of it", replay.count());
+    let after = jbd2::Replayed::over(disk, &layout, replay);
+    let layout = Layout::parse(&after.read(SUPER.0, SUPER.1)?.view(), after.size())?;
+    let ranges = ranges(&after, &layout)?;
+    Files { disk: &after, layout: &layout, ranges: &ranges, budget: ext_inode::budget(&layout) }.check()?;
+    Ok(Used { ranges, note })
+}
+
+/// What is in use by bitmaps that no replay will change.
+fn ranges<R: ReadAt>(disk: &Disk<R>, layout: &Layout) -> Sure<Vec<(u64, u64)>> {
+    let walk = Walk { disk, layout };
     let mut found = Collector::default();
     let block = layout.block_size;
     found.add(0, SUPER.0 + SUPER.1 as u64);
@@ -34,7 +51,61 @@ pub fn used<R: ReadAt>(disk: &Disk<R>) -> Sure<Used> {
         walk.bitmaps(number * layout.desc_per_block, &groups, &mut found)?;
     }
     found.add(layout.blocks * block, disk.size());
-    Ok(Used { ranges: found.finish(disk.size()), note: String::new() })
+    Ok(found.finish(disk.size()))
+}
+
+/// Files against the map, where a journal was replayed: a copy that was made while the device was written has
+/// bitmaps, inodes and a journal of different moments, and no checksum tells.
+struct Files<'a, R> {
+    disk: &'a Disk<R>,
+    layout: &'a Layout,
+    ranges: &'a [(u64, u64)],
+    budget: u64,
+}
+
+impl<R: ReadAt> Files<'_, R> {
+    /// Every block of every file is in use.
+    fn check(mut self) -> Sure<()> {
+        let (layout, walk) = (self.layout, Walk { disk: self.disk, layout: self.layout });
+        for number in 0..layout.desc_blocks() {
+            let first = number * layout.desc_per_block;
+            for (group, at) in walk.groups(number)?.iter().zip(first..) {
+                self.table(at * layout.inodes_per_group + 1, group)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The inodes of a group; `first` is the number of its first.
+    fn table(&mut self, first: u64, group: &Group) -> Sure<()> {
+        let size = self.layout.inode_size as u64;
+        let mut left = self.layout.inodes_per_group.saturating_sub(group.unused_inodes) * size;
+        let (mut place, mut number) = (group.table * self.layout.block_size, first);
+        while left > 0 {
+            let length = left.min(AHEAD);
+            let piece = self.disk.read(place, length as usize)?;
+            for raw in piece.bytes().chunks_exact(size as usize) {
+                if let Some(inode) = Inode::parse(self.layout, number, raw)? {
+                    self.file(&inode)?;
+                }
+                number += 1;
+            }
+            (place, left) = (place + length, left - length);
+        }
+        Ok(())
+    }
+
+    fn file(&mut self, inode: &Inode) -> Sure<()> {
+        let (ranges, size) = (self.ranges, self.layout.block_size);
+        inode.walk(self.disk, self.layout, &mut self.budget, &mut |_, block, count| {
+            let (start, end) = (block.saturating_mul(size), block.saturating_add(count).saturating_mul(size));
+            let range = ranges.partition_point(|range| range.0 <= start).checked_sub(1).map(|at| ranges[at]);
+            if range.is_some_and(|(_, stop)| end <= stop) {
+                return Ok(());
+            }
+            doubt("files of it take blocks that its bitmaps call free: a copy made while it was written?")
+        })
+    }
 }
 
 struct Walk<'a, R> {

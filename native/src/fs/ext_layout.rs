@@ -82,6 +82,16 @@ pub struct Layout {
     pub desc_per_block: u64,
     /// Checksums.
     pub sums: Sums,
+    /// Whether numbers of blocks have more than 32 bits.
+    pub wide: bool,
+    /// Bytes of an inode.
+    pub inode_size: usize,
+    /// Inodes of a group.
+    pub inodes_per_group: u64,
+    /// Inode of the journal; `None` where it has none, or it is on another device.
+    pub journal: Option<u32>,
+    /// The journal is not replayed: what is in place may be old.
+    pub unreplayed: bool,
     first_meta_bg: u64,
     meta_bg: bool,
     reserved_gdt: u64,
@@ -112,7 +122,8 @@ pub fn name<R: ReadAt>(disk: &Disk<R>) -> Option<&'static str> {
 }
 
 impl Layout {
-    /// Parse a superblock. Every condition of a filesystem left cleanly is checked here.
+    /// Parse a superblock. Every condition of a filesystem left cleanly is checked here, but for the
+    /// journal: `unreplayed` says whether it was left with one that has to be replayed.
     pub fn parse(raw: &View<'_>, size: u64) -> Sure<Self> {
         if raw.le16(0x38)? != MAGIC {
             return doubt("there is no superblock of ext2/3/4");
@@ -171,6 +182,7 @@ impl Layout {
             Sparse::Everywhere
         };
         let reserved_gdt = u64::from(raw.le16(0xCE)?);
+        let journal = Some(raw.le32(0xE0)?).filter(|&inode| compat & COMPAT_HAS_JOURNAL != 0 && inode != 0);
         Ok(Self {
             block_size,
             first_block,
@@ -182,6 +194,11 @@ impl Layout {
             desc_size,
             desc_per_block,
             sums,
+            wide,
+            inode_size: inode_size as usize,
+            inodes_per_group: inodes,
+            journal,
+            unreplayed: incompat & INCOMPAT_RECOVER != 0,
             first_meta_bg,
             meta_bg,
             reserved_gdt,
@@ -213,9 +230,6 @@ impl Layout {
             let (incompat, ro) = (incompat & !INCOMPAT_KNOWN, ro & !RO_KNOWN);
             return doubt(format!("it has features that are not known: incompat {incompat:#x}, ro_compat {ro:#x}"));
         }
-        if incompat & INCOMPAT_RECOVER != 0 {
-            return doubt("its journal is not replayed (needs_recovery): it is mounted, or was not unmounted cleanly");
-        }
         let state = raw.le16(0x3A)?;
         if state & STATE_VALID == 0 {
             return doubt("it was not unmounted cleanly, or is mounted");
@@ -223,7 +237,9 @@ impl Layout {
         if state & STATE_ERROR != 0 {
             return doubt("it is marked as having errors");
         }
-        if raw.le32(0xE8)? != 0 || ro & RO_ORPHAN_PRESENT != 0 {
+        // While it is mounted there are some; a mount after a crash cleans them up.
+        let orphans = raw.le32(0xE8)? != 0 || ro & RO_ORPHAN_PRESENT != 0;
+        if orphans && incompat & INCOMPAT_RECOVER == 0 {
             return doubt("it has orphaned inodes that are not cleaned up");
         }
         Ok(())
@@ -277,6 +293,13 @@ impl Layout {
         self.first_of(group) + u64::from(self.has_super(group)) + shift
     }
 
+    /// The descriptor of one group.
+    pub fn group<R: ReadAt>(&self, disk: &Disk<R>, group: u64) -> Sure<Group> {
+        let place = self.desc_block(group / self.desc_per_block) * self.block_size;
+        let at = place + group % self.desc_per_block * self.desc_size as u64;
+        Group::parse(self, disk.read(at, self.desc_size)?.bytes(), group)
+    }
+
     /// How many blocks at the start of a group hold copies of superblock and descriptors, at most.
     pub fn base_blocks(&self, group: u64) -> u64 {
         let mut count = 0;
@@ -312,6 +335,8 @@ pub struct Group {
     pub free: u64,
     /// The block bitmap was never written: only metadata is in use.
     pub uninit: bool,
+    /// How many inodes at the end of the table were never used.
+    pub unused_inodes: u64,
     /// Checksum of the block bitmap; `None` where there is none.
     pub sum: Option<u32>,
     /// Which bits of it are kept.
@@ -343,6 +368,13 @@ impl Group {
             table: long(0x8, 0x28)?,
             free: u64::from(raw.le16(0xC)?) | if wide { u64::from(raw.le16(0x2C)?) << 16 } else { 0 },
             uninit: flags_count && raw.le16(0x12)? & 2 != 0,
+            unused_inodes: match (flags_count, raw.le16(0x12)? & 1 != 0) {
+                (false, _) => 0,
+                (true, true) => layout.inodes_per_group,
+                (true, false) => {
+                    u64::from(raw.le16(0x1C)?) | if wide { u64::from(raw.le16(0x32)?) << 16 } else { 0 }
+                }
+            },
             sum: match layout.sums {
                 Sums::Crc32c(_) => {
                     Some(u32::from(raw.le16(0x18)?) | if wide { u32::from(raw.le16(0x38)?) << 16 } else { 0 })

@@ -14,8 +14,10 @@ pub mod collect;
 pub mod disk;
 pub mod exfat;
 pub mod ext;
+pub mod ext_inode;
 pub mod ext_layout;
 pub mod fat;
+pub mod jbd2;
 #[cfg(test)]
 mod memory;
 pub mod ntfs;

@@ -93,13 +93,15 @@ impl Memory {
     }
 }
 
-const SAMPLES: [(&str, Kind); 6] = [
+const SAMPLES: [(&str, Kind); 8] = [
     ("ext2", Kind::Ext),
     ("ext4", Kind::Ext),
     ("bigalloc", Kind::Ext),
     ("xfs4", Kind::Xfs),
     ("xfs5", Kind::Xfs),
     ("btrfs", Kind::Btrfs),
+    ("unreplayed3", Kind::Ext),
+    ("unreplayed4", Kind::Ext),
 ];
 
 #[test]
@@ -134,7 +136,7 @@ fn sums_are_made_as_they_are_checked() {
 fn resum(memory: &mut Memory, name: &str, kind: Kind, number: u64) {
     match (name, kind) {
         ("xfs5", _) => memory.resum_xfs(number),
-        ("ext4", _) => memory.resum_ext(),
+        ("ext4" | "unreplayed4", _) => memory.resum_ext(),
         (_, Kind::Btrfs) if number >= 16 && memory.pages[&number][32..48] == memory.pages[&16][32..48] => {
             memory.resum_btrfs(number)
         }

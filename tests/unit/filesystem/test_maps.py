@@ -12,10 +12,10 @@ import pytest
 from imager import command
 from imager.filesystem import maps
 from imager.filesystem.used import Unknown, Used
-from tests.samples import KINDS, PAGE, Sample
+from tests.samples import KINDS, PAGE, UNREPLAYED, Sample
 
 MIB = 1 << 20
-CRASHED = "its journal is not replayed (needs_recovery): it is mounted, or was not unmounted cleanly"
+CRASHED = "its journal is on another device, or missing"
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_a_bitmap_that_its_count_belies(fd: int) -> None:
 # --- sums --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["ext4", "xfs5", "btrfs"])
+@pytest.mark.parametrize("name", ["ext4", "xfs5", "btrfs", "unreplayed4"])
 def test_every_structure_that_is_read_is_checked(name: str, fd: int) -> None:
     """One bit in any page: the map is the same, because the page has no part in it, or there is none."""
     sample = Sample(name)
@@ -162,3 +162,175 @@ def test_the_second_copy_serves(fd: int, tmp_path: Path) -> None:
     os.pwrite(fd, bytes(8 * MIB), first)
     os.pwrite(fd, bytes(8 * MIB), second)
     assert isinstance(maps.used_blocks(fd, 0, 256 * MIB), Unknown)
+
+
+# --- a journal that is not replayed ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", UNREPLAYED)
+def test_the_journal_is_replayed_as_e2fsck_replays_it(name: str, fd: int, tmp_path: Path) -> None:
+    """The map of a journal replayed in memory is that of the same filesystem after another's replay."""
+    sample = Sample(name)
+    sample.write(fd)
+    before = maps.used_blocks(fd, 0, sample.size)
+    assert isinstance(before, Used), before
+    assert before.note.startswith("its journal, not replayed yet, is replayed into the map: ")
+    in_place = in_use_by_bitmaps(tmp_path / "image")
+    command.run(["e2fsck", "-E", "journal_only", "-y", str(tmp_path / "image")], ok=(0, 1))
+    after = maps.used_blocks(fd, 0, sample.size)
+    assert isinstance(after, Used) and after.note == ""
+    assert after.extents == before.extents
+    assert in_use_by_bitmaps(tmp_path / "image") != in_place, "the replay changed the bitmaps"
+    command.run(["e2fsck", "-fn", str(tmp_path / "image")])
+
+
+def in_use_by_bitmaps(image: Path) -> str:
+    """What debugfs says of the free blocks, in place."""
+    return command.text(["dumpe2fs", "-o", "superblock=1", "-o", "blocksize=1024", str(image)])
+
+
+def journal(fd: int) -> int:
+    """Where the journal's superblock stands."""
+    raw = os.pread(fd, os.fstat(fd).st_size, 0)
+    [place] = [at for at in range(0, len(raw), 1024) if raw[at : at + 8] == bytes.fromhex("c03b399800000004")]
+    return place
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "reason"),
+    [
+        (0x04, "00000003", "its journal has no superblock that is known"),
+        (0x28, "00000020", "its journal is not replayed, and may hold fast commits"),
+        (0x28, "00000004", "its journal is not replayed, and has features 0x0, 0x4, 0x0"),
+        (0x24, "00000001", "its journal is not replayed, and has features 0x1, 0x1, 0x0"),
+        (0x28, "00000018", "its journal has two kinds of checksums"),
+        (0x28, "00000010", "the checksum of its journal's superblock is wrong"),
+        (0x10, "7fffffff", "its journal's superblock makes no sense"),
+        (0x1C, "00010000", "its journal's superblock makes no sense"),
+        (0x20, "00000005", "its journal was aborted by an error"),
+    ],
+)
+def test_a_journal_that_is_not_replayed_here(at: int, value: str, reason: str, fd: int) -> None:
+    sample = Sample("unreplayed3")
+    sample.write(fd)
+    os.pwrite(fd, bytes.fromhex(value), journal(fd) + at)
+    answer = maps.used_blocks(fd, 0, sample.size)
+    assert answer == Unknown(reason, "ext3")
+
+
+def test_a_copy_made_while_it_was_written(fd: int, tmp_path: Path) -> None:
+    """A file's inode of a later moment than its bitmap: no map."""
+    sample = Sample("unreplayed3")
+    sample.write(fd)
+    image = str(tmp_path / "image")
+    command.run(["e2fsck", "-E", "journal_only", "-y", image], ok=(0, 1))
+    command.run(["debugfs", "-w", "-R", "feature needs_recovery", image])
+    whole = maps.used_blocks(fd, 0, sample.size)
+    assert isinstance(whole, Used) and whole.note.endswith(": 0 blocks of it")
+    last = int(command.text(["debugfs", "-R", "blocks last", image]).split()[-1])
+    other = int(command.text(["debugfs", "-R", f"ffb 1 {last}", image]).split()[-1])
+    for change in (f"setb {other}", f"freeb {last}", "feature needs_recovery"):
+        command.run(["debugfs", "-w", "-R", change, image])
+    answer = maps.used_blocks(fd, 0, sample.size)
+    reason = "files of it take blocks that its bitmaps call free: a copy made while it was written?"
+    assert answer == Unknown(reason, "ext3")
+
+
+JOURNALS = [
+    ("-t ext3", "jo"),
+    ("-t ext4 -O ^metadata_csum", "jo"),
+    ("-t ext4 -O metadata_csum,^64bit", "jo -c -v 2"),
+    ("-t ext4 -O metadata_csum,64bit", "jo -c -v 2"),
+    ("-t ext4 -O metadata_csum,^64bit", "jo -c -v 3"),
+    ("-t ext4 -O metadata_csum,64bit", "jo -c -v 3"),
+]
+NUMBER = "c03b3998"
+"What a block of the log begins with: one that begins so by itself is logged without it."
+
+
+class Logged:
+    """A filesystem whose journal debugfs writes."""
+
+    def __init__(self, folder: Path, options: str, begin: str, group: int = 0) -> None:
+        """`bitmap` is that of `group`."""
+        self.image = folder / "image"
+        with open(self.image, "wb") as file:
+            file.truncate(24 * MIB)
+        argv = ["mke2fs", "-qF", *options.split(), "-b", "1024", "-J", "size=1", "-N", "512", str(self.image)]
+        command.run(argv)
+        out = command.text(["dumpe2fs", str(self.image)]).split(f"Group {group}:")[1]
+        self.bitmap = int(out.split("Block bitmap at ")[1].split()[0].rstrip(","))
+        self._begin = begin
+        self._folder = folder
+
+    def block(self, number: int) -> bytes:
+        with open(self.image, "rb") as file:
+            file.seek(number * 1024)
+            return file.read(1024)
+
+    def put(self, number: int, content: bytes) -> None:
+        with open(self.image, "r+b") as file:
+            file.seek(number * 1024)
+            file.write(content)
+
+    def log(self, *steps: str, content: bytes = b"") -> None:
+        """Transactions, as debugfs's `jw` takes them; `content` is what they log."""
+        (self._folder / "blocks").write_bytes(content)
+        lines = [self._begin, *(f"jw {step} {self._folder / 'blocks'}" for step in steps), "jc", ""]
+        (self._folder / "script").write_text("\n".join(lines))
+        command.run(["debugfs", "-w", "-f", str(self._folder / "script"), str(self.image)])
+
+    def map(self) -> Used | Unknown:
+        fd = os.open(self.image, os.O_RDONLY)
+        try:
+            return maps.used_blocks(fd, 0, self.image.stat().st_size)
+        finally:
+            os.close(fd)
+
+
+@pytest.mark.parametrize(("options", "begin"), JOURNALS)
+def test_every_format_of_a_journal(options: str, begin: str, tmp_path: Path) -> None:
+    """A bitmap that is only in the journal; revoked there; logged again after that."""
+    logged = Logged(tmp_path, options, begin)
+    clean, bitmap = logged.map(), logged.block(logged.bitmap)
+    assert isinstance(clean, Used)
+    noise = bytes(range(256)) * 4
+    for steps, whole in (
+        ([f"-b {logged.bitmap}"], True),
+        ([f"-b {logged.bitmap}", f"-r {logged.bitmap}"], False),
+        ([f"-b {logged.bitmap}", f"-r {logged.bitmap}", f"-b {logged.bitmap}"], True),
+        ([f"-b {logged.bitmap} -c"], False),  # without a commit, nothing is replayed
+    ):
+        logged.log(*steps, content=bitmap)
+        logged.put(logged.bitmap, noise)
+        answer = logged.map()
+        if whole:
+            assert isinstance(answer, Used) and answer.extents == clean.extents, (steps, answer)
+        else:
+            assert isinstance(answer, Unknown) and "bitmap" in answer.reason, (steps, answer)
+        logged.put(logged.bitmap, bitmap)
+        command.run(["e2fsck", "-fy", str(logged.image)], ok=(0, 1))
+
+
+def test_a_logged_block_that_begins_as_the_log_does(tmp_path: Path) -> None:
+    logged = Logged(tmp_path, "-t ext3", "jo", group=1)
+    bitmap, table = logged.block(logged.bitmap), bytearray(logged.block(2))
+    odd = bytes.fromhex(NUMBER) + bitmap[4:]
+    free = 8192 - sum(byte.bit_count() for byte in odd)
+    table[32 + 12 : 32 + 14] = free.to_bytes(2, "little")
+    logged.log(f"-b 2,{logged.bitmap}", content=bytes(table) + odd)
+    assert bytes.fromhex(NUMBER) not in (logged.block(logged.bitmap)[:4], bitmap[:4])
+    before = logged.map()
+    assert isinstance(before, Used), before
+    command.run(["e2fsck", "-E", "journal_only", "-y", str(logged.image)], ok=(0, 1))
+    assert logged.block(logged.bitmap) == odd
+    after = logged.map()
+    assert isinstance(after, Used) and after.extents == before.extents
+
+
+def test_a_journal_with_something_in_it_that_needs_no_recovery(tmp_path: Path) -> None:
+    logged = Logged(tmp_path, "-t ext4", "jo -c -v 3")
+    logged.log(f"-b {logged.bitmap}", content=logged.block(logged.bitmap))
+    command.run(["debugfs", "-w", "-R", "feature ^needs_recovery", str(logged.image)])
+    reason = "its journal is not empty, though it says that it needs no recovery"
+    assert logged.map() == Unknown(reason, "ext4")
