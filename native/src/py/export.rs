@@ -68,6 +68,7 @@ pub struct ServedImage(Arc<Image>);
 impl ServedImage {
     #[new]
     #[pyo3(signature = (vault, supply, *, image_size, block_size, room, packs, based))]
+    #[allow(clippy::too_many_arguments)]
     fn new(
         py: Python<'_>, vault: Py<Vault>, supply: Py<PyAny>, image_size: u64, block_size: usize, room: usize,
         packs: usize, based: bool,
