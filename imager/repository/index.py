@@ -162,13 +162,24 @@ def write_segment(
 def thin(repository: PackAccess, reporter: Reporter) -> merging.Merged:
     """Rewrite the segments that name packs which are gone, without them: they were deleted on purpose.
 
+    Packs that no segment names are taken in: a writer died before it came to that, or all that is in them
+    was known in another pack, which may be gone now.
+
     A damaged segment is left alone, with a warning. May run beside anything. Raises `StorageError`,
     `IntegrityError`.
     """
     known = load(repository, reporter)
     # After the segments: whatever those name was there before them, unless it is gone.
     repository.packs_present()
-    return merging.forget(repository, known, repository.names.absent())
+    done = merging.forget(repository, known, repository.names.absent())
+    strange = _native.Known(repository.names)
+    for name in sorted(repository.pack_names(KIND_DATA)):
+        if not known.naming([name]):
+            _take_in(repository, strange, name, reporter)
+    data = strange.segment(repository.id)
+    if data is not None:
+        put_anew(repository.storage, data)
+    return done
 
 
 def put_anew(storage: Storage, data: bytes) -> str:
@@ -185,6 +196,20 @@ def put_anew(storage: Storage, data: bytes) -> str:
     name = segment_name(made)
     storage.create(name, made)
     return name
+
+
+def _take_in(repository: PackAccess, known: _native.Known, name: bytes, reporter: Reporter) -> None:
+    """What a data pack's trailer says; nothing where it is gone or damaged. Raises `StorageError`."""
+    try:
+        fd = open_frame(repository.storage, pack_object(KIND_DATA, name))
+    except NotFound:
+        return  # A prune has deleted it since it was listed.
+    try:
+        known.add_pack(repository.names.intern(name), _native.pack_records(fd, name, repository.id))
+    except (_native.DamagedError, OSError) as error:
+        reporter.warn(f"pack {name.hex()} is left out of the index: {error}")
+    finally:
+        os.close(fd)
 
 
 def rebuild(repository: PackAccess, reporter: Reporter) -> tuple[list[str], list[str]]:
@@ -208,16 +233,7 @@ def rebuild(repository: PackAccess, reporter: Reporter) -> tuple[list[str], list
     names = sorted(repository.pack_names(KIND_DATA))
     reporter.phase("rebuilding the index", None)
     for name in names:
-        try:
-            fd = open_frame(storage, pack_object(KIND_DATA, name))
-        except NotFound:
-            continue  # A prune has deleted it since it was listed.
-        try:
-            known.add_pack(repository.names.intern(name), _native.pack_records(fd, name, repository.id))
-        except (_native.DamagedError, OSError) as error:
-            reporter.warn(f"pack {name.hex()} is left out of the index: {error}")
-        finally:
-            os.close(fd)
+        _take_in(repository, known, name, reporter)
         if known.pending >= SEGMENT_ENTRIES:
             write()
     write()

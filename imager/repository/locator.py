@@ -17,7 +17,7 @@ from imager.repository import index, partial
 from imager.repository.format import KIND_DATA, KIND_MAP, pack_object
 from imager.repository.packs import PackAccess
 from imager.repository.segments import cache_of
-from imager.storage.errors import Gone, NotFound, StorageError
+from imager.storage.errors import Gone, NotFound, StorageError, Unavailable
 
 Place = tuple[int, int, int]
 "Number of the pack in the repository's names, offset, length of the record."
@@ -131,9 +131,13 @@ class Locator:
         if kind in self._exhausted:
             return False
         self._exhausted.add(kind)
-        return add_unknown(
-            self._repository, self._names, self._known, self._repository.pack_names(kind), kind
-        )
+        packs = self._repository.pack_names(kind)
+        try:
+            return add_unknown(self._repository, self._names, self._known, packs, kind)
+        except (Gone, Unavailable):
+            raise
+        except StorageError:
+            return True  # What cannot be read there was not found; why the record is not to be had, is known.
 
 
 def places_elsewhere(

@@ -78,6 +78,22 @@ def test_the_index_may_lack_what_was_stored_twice(lab: Lab) -> None:
     assert [note for note in found.notes if "30 blocks are not in the index" in note]
 
 
+def test_a_prune_takes_packs_into_the_index_that_no_segment_names(lab: Lab) -> None:
+    """A rebuilt index names no pack all of whose blocks it knows elsewhere; then elsewhere is pruned."""
+    sets = stored_twice(lab, moved=False)
+    index.rebuild(lab.reopen(), Silent())
+    gone = place(lab)
+    lab.reopen()
+    lab.backup(sda=LATER)
+    lab.backup(name="other", sda=LATER)
+    forget(lab, sets[gone])
+    prune(lab, max_unused="0%")
+    assert not gone.exists()
+    found = check(lab.reopen(), Silent(), read_data="all")
+    assert found.ok and not found.problems, found.problems
+    assert place(lab) in sets
+
+
 def test_a_segment_that_is_missing_is_still_a_problem(lab: Lab) -> None:
     lab.backup(sda=CONTENT)
     (segment,) = lab.paths("index")
