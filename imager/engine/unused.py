@@ -191,8 +191,8 @@ def left_out(repository: Repository, manifest: Manifest, base: Image) -> Extents
 
     Walks the base's map, unless its manifest says that nothing was left out.
     """
-    changes = manifest.content.changes
-    how = changes[manifest.images.index(base)] if isinstance(changes, list | tuple) else None
+    changes, at = manifest.content.changes, manifest.images.index(base)
+    how = changes[at] if isinstance(changes, list | tuple) and at < len(changes) else None
     if isinstance(how, str) or isinstance(how, dict) and how.get("unused") == 0:
         return Extents()
     out: list[tuple[int, int]] = []
