@@ -371,9 +371,7 @@ impl Group {
             unused_inodes: match (flags_count, raw.le16(0x12)? & 1 != 0) {
                 (false, _) => 0,
                 (true, true) => layout.inodes_per_group,
-                (true, false) => {
-                    u64::from(raw.le16(0x1C)?) | if wide { u64::from(raw.le16(0x32)?) << 16 } else { 0 }
-                }
+                (true, false) => u64::from(raw.le16(0x1C)?) | if wide { u64::from(raw.le16(0x32)?) << 16 } else { 0 },
             },
             sum: match layout.sums {
                 Sums::Crc32c(_) => {

@@ -225,9 +225,7 @@ impl<'a, R: ReadAt> Log<'a, R> {
         }
         let known = INCOMPAT_REVOKE | INCOMPAT_64BIT | INCOMPAT_CSUM_V2 | INCOMPAT_CSUM_V3;
         if compat != 0 || ro != 0 || incompat & !known != 0 {
-            return doubt(format!(
-                "its journal is not replayed, and has features {compat:#x}, {incompat:#x}, {ro:#x}"
-            ));
+            return doubt(format!("its journal is not replayed, and has features {compat:#x}, {incompat:#x}, {ro:#x}"));
         }
         let (second, third) = (incompat & INCOMPAT_CSUM_V2 != 0, incompat & INCOMPAT_CSUM_V3 != 0);
         if second && third {
