@@ -19,16 +19,17 @@ pub mod gather;
 pub mod index;
 pub mod io;
 pub mod known;
+pub mod marks;
 pub mod merge;
 pub mod names;
 pub mod pack;
 pub mod page;
 pub mod record;
+pub mod repack;
 pub mod scan;
 pub mod seal;
 pub mod slots;
 pub mod source;
-pub mod upkeep;
 pub mod workers;
 
 mod py;

@@ -5,9 +5,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use pyo3::prelude::*;
 
 use crate::io::Fd;
+use crate::marks::{self, Search};
 use crate::pack::Parts;
+use crate::repack;
 use crate::slots::Place;
-use crate::upkeep::{self, Search};
 
 use super::known::Known;
 use super::packs::Record;
@@ -15,10 +16,10 @@ use super::vault::{id, id16, Names};
 
 #[pyclass(frozen, module = "imager._native")]
 #[derive(Default)]
-struct Marks(Mutex<upkeep::Marks>);
+struct Marks(Mutex<marks::Marks>);
 
 impl Marks {
-    fn lock(&self) -> MutexGuard<'_, upkeep::Marks> {
+    fn lock(&self) -> MutexGuard<'_, marks::Marks> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -34,7 +35,7 @@ impl Marks {
         self.lock().packs()
     }
 
-    fn extent(&self, pack: u32) -> upkeep::Extent {
+    fn extent(&self, pack: u32) -> marks::Extent {
         self.lock().extent(pack)
     }
 
@@ -74,14 +75,14 @@ type Doubtful = ([u8; 32], Vec<(u32, u32, u32)>, bool);
 type Child = ([u8; 32], u32, u32, u32);
 
 #[pyclass(frozen, module = "imager._native")]
-struct MapPack(upkeep::MapPack);
+struct MapPack(marks::MapPack);
 
 #[pymethods]
 impl MapPack {
     #[new]
     fn new(py: Python<'_>, fd: i32, name: &[u8], repository: &[u8]) -> PyResult<Self> {
         let (fd, name, repository) = (Fd::new(fd)?, id(name)?, id16(repository)?);
-        Ok(Self(py.detach(|| upkeep::MapPack::open(fd, &name, &repository))?))
+        Ok(Self(py.detach(|| marks::MapPack::open(fd, &name, &repository))?))
     }
 
     fn digest(&self, offset: u32) -> Option<[u8; 32]> {
@@ -98,7 +99,7 @@ impl MapPack {
         let search = Search { names: &names.0, known: &known.0, stranded: &stranded.0 };
         let place = Place { pack, offset, length: 0 };
         let found = py.detach(|| self.0.mark(fd, (id, place), level, &search, &mut marks.lock(), newest))?;
-        let child = |(id, place): upkeep::Child| (id, place.pack, place.offset, place.length);
+        let child = |(id, place): marks::Child| (id, place.pack, place.offset, place.length);
         Ok(found.map(|found| found.into_iter().map(child).collect()))
     }
 }
@@ -124,9 +125,9 @@ fn merge_packs(
     let out = Fd::new(fd)?;
     let sources = sources
         .iter()
-        .map(|(fd, name, offsets)| Ok(upkeep::From { fd: Fd::new(*fd)?, name, offsets }))
+        .map(|(fd, name, offsets)| Ok(repack::From { fd: Fd::new(*fd)?, name, offsets }))
         .collect::<PyResult<Vec<_>>>()?;
-    let merged = py.detach(|| upkeep::merge(out, parts, &sources))?;
+    let merged = py.detach(|| repack::merge(out, parts, &sources))?;
     let (name, size) = merged.pack.map_or((None, 0), |(name, size)| (Some(name), size));
     Ok(Merged { name, size, records: merged.records, damaged: merged.damaged, read: merged.read })
 }
