@@ -100,6 +100,12 @@ def all_names(sys: str = SYS) -> tuple[str, ...]:
     return names(sys, "class/block")
 
 
+def has_loops(sys: str = SYS) -> bool:
+    """Whether any loop device has a file."""
+    loops = (name for name in all_names(sys) if name.startswith("loop"))
+    return any(os.path.exists(f"{sys}/class/block/{name}/loop/backing_file") for name in loops)
+
+
 def read_node(name: str, sys: str = SYS) -> Node | None:
     """The device with this kernel name; None where there is none (any more)."""
     base = os.path.realpath(f"{sys}/class/block/{name}")

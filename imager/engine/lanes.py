@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from msgspec import Struct, field
 
@@ -20,6 +21,7 @@ from imager.changes.provider import ZERO as ELSEWHERE_ZERO
 from imager.changes.provider import Base, Changes, Request, Unknown
 from imager.changes.scan import HashScan
 from imager.engine import layouts, unused
+from imager.engine.background import Background
 from imager.engine.backup_plan import BackupPlan, image_of
 from imager.engine.imaging import Imaged, Imaging, read_failed
 from imager.engine.source import Opened, SourcePlan, open_source
@@ -75,7 +77,7 @@ class Lane(Struct):
     change_source: str
     sampled: int = 0
     unused: Unused = Unused()
-    layout: layouts.Capture | None = None
+    layout: Background[dict[str, Any]] | None = None
     begin: Callable[[], Imaging] | None = None
     imaging: Imaging | None = None
     imaged: Imaged | None = None
@@ -104,16 +106,18 @@ def open_lane(
     if source.stream:
         return Lane(source, None, base, Extents(), None, "stream")
     opened = open_source(source)
+    layout = Background("layout", lambda: layouts.capture(source, opened))
+    finding = Background("used blocks", lambda: _unused(plan, opened))
     try:
-        out = Unused(block_size=plan.block_size, size=opened.size)
-        if plan.options.used_blocks:
-            out = unused.find(opened, plan.block_size)
         gone = Extents()
         if plan.options.changed is not None and base is not None and plan.base_manifest is not None:
             gone = unused.left_out(repository, plan.base_manifest, base)
             gone = gone.clip(-(-opened.size // plan.block_size))
-        changes, sampled = _changes(repository, plan, source, opened, base, out.blocks | gone, reporter)
+        changes, sampled = _changes(repository, plan, source, opened, base, finding, gone, reporter)
+        out = finding.result()
     except BaseException:
+        finding.close()
+        layout.close()
         opened.close()
         raise
     elsewhere = ZERO if changes.elsewhere == ELSEWHERE_ZERO else None
@@ -125,8 +129,13 @@ def open_lane(
         if lost and lost != plan.base_manifest.content.lost:
             wanted |= missing.blocks(repository, base, known)
         wanted |= gone
-    layout = layouts.Capture(source, opened)
     return Lane(source, opened, base, wanted, elsewhere, changes.source, sampled, out, layout)
+
+
+def _unused(plan: BackupPlan, opened: Opened) -> Unused:
+    if plan.options.used_blocks:
+        return unused.find(opened, plan.block_size)
+    return Unused(block_size=plan.block_size, size=opened.size)
 
 
 def _changes(
@@ -135,12 +144,13 @@ def _changes(
     source: SourcePlan,
     opened: Opened,
     base: Image | None,
-    skip: Extents,
+    finding: Background[Unused],
+    gone: Extents,
     reporter: Reporter,
 ) -> tuple[Changes, int]:
     """What to read, and how many blocks were sampled to find out.
 
-    `skip`: blocks that are no sample of anything, as they are not in use, or were not when the base was made.
+    Blocks that `finding` finds not in use, or that were not when the base was made (`gone`), are no sample.
     """
     request = Request(opened.fd, opened.size, source.identity, _base_of(plan, base))
     sampled = 0
@@ -150,6 +160,7 @@ def _changes(
         answer = given.read(plan.options.changed).changes(request)
         if isinstance(answer, Changes) and base is not None:
             try:
+                skip = finding.result().blocks | gone
                 problem, sampled = _sample(repository, plan, opened, base, answer, skip)
             except DamagedPage as damage:
                 reporter.warn(

@@ -6,7 +6,6 @@ said in the layout itself.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,47 +23,13 @@ if TYPE_CHECKING:
     from imager.repository.repository import Repository
 
 
-class Capture:
-    """The layout of an opened source, read in the background from the moment this is made.
+def capture(source: SourcePlan, opened: Opened) -> dict[str, Any]:
+    """The layout of an opened source, as a manifest keeps it."""
+    from imager.capture import layout
 
-    Other programs are asked for parts of it, which takes longer than all else that an
-    incremental does before it reads. `close` it before the source is closed.
-    """
-
-    def __init__(self, source: SourcePlan, opened: Opened) -> None:
-        self._plain: dict[str, Any] = {}
-        self._error: BaseException | None = None
-        self._done = threading.Event()
-        threading.Thread(target=self._work, args=(source, opened), name="layout").start()
-
-    def _work(self, source: SourcePlan, opened: Opened) -> None:
-        try:
-            from imager.capture import layout
-
-            place = _place(source)
-            sector = opened.sector if source.identity.is_device else None
-            self._plain = layout.to_plain(
-                layout.read_layout(opened.fd, opened.size, sector, place, look=True)
-            )
-        except BaseException as error:  # Told by `result`, not by a thread that nobody listens to.
-            self._error = error
-        finally:
-            self._done.set()
-
-    def result(self) -> dict[str, Any]:
-        """The layout as a manifest keeps it, once it is read."""
-        self._done.wait()
-        if self._error is not None:
-            raise self._error
-        return self._plain
-
-    def close(self) -> None:
-        """Wait until nothing reads the source any longer, whatever interrupts that."""
-        while not self._done.is_set():
-            try:
-                self._done.wait()
-            except KeyboardInterrupt:
-                continue
+    place = _place(source)
+    sector = opened.sector if source.identity.is_device else None
+    return layout.to_plain(layout.read_layout(opened.fd, opened.size, sector, place, look=True))
 
 
 def _place(source: SourcePlan) -> Place:

@@ -133,10 +133,14 @@ def mounted_for_writing(fd: int) -> frozenset[int | None]:
     What stands on a partition (LVM, md, LUKS) counts, and so does what is
     mounted from a loop device over a source that is a file.
     """
+    from imager.device import sysfs
+
+    info = os.fstat(fd)
+    if not stat.S_ISBLK(info.st_mode) and not sysfs.has_loops():
+        return frozenset()  # A file is mounted through one: the machine need not be looked at.
     from imager.device.machine import Machine
 
     machine = Machine.read()
-    info = os.fstat(fd)
     if stat.S_ISBLK(info.st_mode):
         disks = [node] if (node := machine.nodes.get(info.st_rdev)) else []
         disks += machine.shared_file(disks[0]) if disks else []
