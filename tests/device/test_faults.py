@@ -198,8 +198,9 @@ def test_a_full_repository(place: Place, undo: ExitStack) -> None:
     folder = memory(place.folder / "full", undo, "24m")
     root = folder / "r"
     (place.folder / "r").rename(place.folder / "unused")
+    root.mkdir()
     os.symlink(root, place.folder / "r")
-    assert place.imager("init", root, "--encryption", "none").code == 0
+    assert place.imager("init", place.root, "--encryption", "none").code == 0
     small, large = place.folder / "small", place.folder / "large"
     small.write_bytes(os.urandom(4 * MIB))
     large.write_bytes(os.urandom(40 * MIB))
@@ -227,8 +228,9 @@ def test_a_full_repository(place: Place, undo: ExitStack) -> None:
 def test_a_read_only_repository(place: Place, undo: ExitStack) -> None:
     folder = memory(place.folder / "protected", undo, "32m")
     (place.folder / "r").rename(place.folder / "unused")
+    (folder / "r").mkdir()
     os.symlink(folder / "r", place.folder / "r")
-    assert place.imager("init", folder / "r", "--encryption", "none").code == 0
+    assert place.imager("init", place.root, "--encryption", "none").code == 0
     source = place.folder / "disk"
     source.write_bytes(os.urandom(MIB))
     assert place.imager("backup", source, "--name", "disk").code == 0

@@ -284,11 +284,17 @@ def test_a_bucket_without_versions_has_no_past(far: Far, image: Path) -> None:
         PastStorage.connect(f"{far.url}?as-of=2100-01-01T00:00Z").list_names("")
 
 
+def a_second_later() -> None:
+    """Stores tell the time in whole seconds, and what is as old as the repository may be of its beginning."""
+    time.sleep(1.01 - time.time() % 1)
+
+
 def test_locks_do_not_run_out_behind_a_thief(locked: Far, image: Path) -> None:
     """Sets that vanished, objects that were overwritten: then everything stays locked, what is hidden too."""
     locked.backup(image)
     locked.backup(changed(image))
     gone, kept = locked.sets()
+    a_second_later()
     storage = open_storage(locked.url)
     (manifest,) = (one for one in all_versions(locked, f"sets/{gone}"))
     storage.delete(f"sets/{gone}")
@@ -367,6 +373,7 @@ def test_what_was_forgotten_is_no_suspicion_and_a_forged_tombstone_is_one(locked
     first, second = locked.sets()
     forget(locked, first)
     assert retained(locked, span=30 * DAY).ok
+    a_second_later()
     storage = open_storage(locked.url)
     storage.create(
         f"forgotten/{second}", storage.read(f"forgotten/{first}").replace(first.encode(), second.encode())
