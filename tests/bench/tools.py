@@ -106,7 +106,7 @@ class Imager(Tool):
     @classmethod
     def describe(cls) -> str:
         """Its options in words."""
-        return f"encrypted ({cls.unlock}), lz4, 64 KiB; restore reads back"
+        return f"encrypted ({cls.unlock}), lz4, 64 KiB, every block; restore reads back"
 
     @classmethod
     def base_command(cls) -> list[str]:
@@ -152,7 +152,9 @@ class Imager(Tool):
     def command(self, job: str) -> list[str]:
         """As the README tells people to do it."""
         start = [*self.base_command(), "--json", "-r", str(self.store)]
-        backup = [*start, "backup", str(self.place.image), "--name", "disk", "--compression", "lz4"]
+        # As its peers do it: all that a filesystem does not use is imaged too.
+        backup = [*start, "backup", str(self.place.image), "--name", "disk", "--all-blocks"]
+        backup += ["--compression", "lz4"]
         return {
             "full": [*backup, "--strategy", "full"],
             "same": [*backup, "--strategy", "incremental"],
