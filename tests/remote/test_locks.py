@@ -469,6 +469,7 @@ def test_the_command(locked: Far, image: Path, capsys: pytest.CaptureFixture[str
     assert run([*place, "retain", "--until", "2100-01-01", "--json"]) == 0
     assert '"ok":true' in capsys.readouterr().out
     storage = open_storage(locked.url)
+    a_second_later()
     storage.delete(f"sets/{locked.sets()[0]}")
     assert run([*place, "retain", "--for", "30d"]) == EXIT_INTEGRITY
     shown = capsys.readouterr().out
