@@ -431,8 +431,6 @@ class ServedImage:
         packs: int,
         based: bool,
     ) -> None: ...
-    def read(self, offset: int, length: int) -> bytes:
-        """Bytes, fewer at the end. Raises DamagedError where one of them cannot be had."""
 
 def serve_images(exports: Sequence[tuple[str, str, ServedImage, int, int]], listener: int, stop: int) -> None:
     """Serve NBD clients of a listening socket until `stop` can be read from.

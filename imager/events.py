@@ -7,6 +7,7 @@ None where they cannot be (a stream).
 
 from __future__ import annotations
 
+import threading
 from typing import Protocol
 
 
@@ -47,3 +48,31 @@ class Silent:
 
     def warn(self, text: str, *, hint: str | None = None) -> None:
         self.warnings.append(text)
+
+
+class Locked:
+    """A reporter that several threads may call."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self._lock = threading.Lock()
+
+    def phase(self, name: str, total: int | None) -> None:
+        with self._lock:
+            self._reporter.phase(name, total)
+
+    def advance(self, done: int, *, stored: int = 0) -> None:
+        with self._lock:
+            self._reporter.advance(done, stored=stored)
+
+    def end(self) -> None:
+        with self._lock:
+            self._reporter.end()
+
+    def note(self, text: str) -> None:
+        with self._lock:
+            self._reporter.note(text)
+
+    def warn(self, text: str, *, hint: str | None = None) -> None:
+        with self._lock:
+            self._reporter.warn(text, hint=hint)

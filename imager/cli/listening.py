@@ -9,11 +9,10 @@ import os
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import quote
 
-from imager import command
 from imager.errors import EXIT_DONE, UsageError
 
 
@@ -53,11 +52,6 @@ def _listening(path: str) -> Iterator[tuple[socket.socket, str]]:
 def address(name: str, path: str) -> str:
     """Where an export is: an NBD URI (doc/uri.md of the NBD project)."""
     return f"nbd+unix:///{quote(name, safe=':')}?socket={quote(path)}"
-
-
-def run(argv: Sequence[str]) -> int:
-    """Run a command with this program's own input and output; its exit code. Raises `CommandError`."""
-    return command.attached(argv)
 
 
 def wait(over: threading.Event) -> int:

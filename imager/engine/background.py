@@ -18,29 +18,31 @@ class Background(Generic[T]):
 
     def __init__(self, name: str, work: Callable[[], T]) -> None:
         self._result: T | None = None
-        self._error: BaseException | None = None
-        self._done = threading.Event()
+        self.error: BaseException | None = None
+        "What it raised."
+        self.done = threading.Event()
+        "Set once it works no longer."
         threading.Thread(target=self._run, args=(work,), name=name).start()
 
     def _run(self, work: Callable[[], T]) -> None:
         try:
             self._result = work()
         except BaseException as error:
-            self._error = error
+            self.error = error
         finally:
-            self._done.set()
+            self.done.set()
 
     def result(self) -> T:
         """What the function gave, once it has. Raises what it raised."""
-        self._done.wait()
-        if self._error is not None:
-            raise self._error
+        self.done.wait()
+        if self.error is not None:
+            raise self.error
         return cast(T, self._result)
 
     def close(self) -> None:
         """Wait until it works no longer, whatever interrupts that."""
-        while not self._done.is_set():
+        while not self.done.is_set():
             try:
-                self._done.wait()
+                self.done.wait()
             except KeyboardInterrupt:
                 continue

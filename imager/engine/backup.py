@@ -23,10 +23,10 @@ from imager.engine.backup_plan import (
     plan,
 )
 from imager.engine.imaging import Figures, Imaging, Settings
-from imager.engine.lanes import Lane, Locked, image_all, open_lane
+from imager.engine.lanes import Lane, image_all, open_lane
 from imager.engine.source import SourcePlan
 from imager.engine.unused import PartUse
-from imager.events import Reporter
+from imager.events import Locked, Reporter
 from imager.repository import imageset, index, merging, missing
 from imager.repository.blockmap import MapReader
 from imager.repository.format import lineage_id, now

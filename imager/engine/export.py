@@ -18,8 +18,9 @@ from msgspec import Struct
 from imager import _native
 from imager._native import Slots
 from imager.engine import images, layouts
+from imager.engine.background import Background
 from imager.errors import ImagerError, IntegrityError, UsageError
-from imager.events import Reporter
+from imager.events import Locked, Reporter
 from imager.repository import blockmap, imageset
 from imager.repository.blockmap import MapReader
 from imager.repository.format import KIND_DATA
@@ -165,7 +166,7 @@ def serving(
     """
     manifest = imageset.read_set(repository, exported.set)
     bases = {image.disk: image for image in layouts.base_images(repository, manifest.content.base)}
-    served = {}
+    served, locked = {}, Locked(reporter)
     for disk in {export.disk for export in exported.exports}:
         image = imageset.select_image(manifest, disk)
         base = bases.get(disk)
@@ -173,7 +174,7 @@ def serving(
             base = None
         served[disk] = _native.ServedImage(
             repository.vault,
-            _Supply(repository, image, base, reporter),
+            _Supply(repository, image, base, locked),
             image_size=image.size,
             block_size=image.block_size,
             room=ROOM,
@@ -182,23 +183,12 @@ def serving(
         )
     exports = [(one.name, one.description, served[one.disk], one.start, one.size) for one in exported.exports]
     told, teller = os.pipe()
-    over, errors = threading.Event(), list[BaseException]()
-
-    def work() -> None:
-        try:
-            _native.serve_images(exports, listener.fileno(), told)
-        except BaseException as error:  # raised where the context ends
-            errors.append(error)
-        finally:
-            over.set()
-
-    thread = threading.Thread(target=work, name="nbd")
-    thread.start()
+    serve = Background("nbd", lambda: _native.serve_images(exports, listener.fileno(), told))
     try:
-        yield over
+        yield serve.done
     finally:
         os.close(teller)
-        thread.join()
+        serve.close()
         os.close(told)
-    if errors:
-        raise StorageError(f"serving ended: {errors[0]}") from errors[0]
+    if serve.error is not None:
+        raise StorageError(f"serving ended: {serve.error}") from serve.error

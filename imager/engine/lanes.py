@@ -8,11 +8,11 @@ where it is the same before and after. Threads work only while `image_all` runs.
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-from msgspec import Struct, field
+from msgspec import Struct
 
 from imager import _native
 from imager._native import DATA, ZERO, Slots
@@ -35,34 +35,6 @@ from imager.repository.imageset import Image
 from imager.repository.repository import Repository
 
 
-class Locked:
-    """A reporter that several threads may call."""
-
-    def __init__(self, reporter: Reporter) -> None:
-        self._reporter = reporter
-        self._lock = threading.Lock()
-
-    def phase(self, name: str, total: int | None) -> None:
-        with self._lock:
-            self._reporter.phase(name, total)
-
-    def advance(self, done: int, *, stored: int = 0) -> None:
-        with self._lock:
-            self._reporter.advance(done, stored=stored)
-
-    def end(self) -> None:
-        with self._lock:
-            self._reporter.end()
-
-    def note(self, text: str) -> None:
-        with self._lock:
-            self._reporter.note(text)
-
-    def warn(self, text: str, *, hint: str | None = None) -> None:
-        with self._lock:
-            self._reporter.warn(text, hint=hint)
-
-
 class Lane(Struct):
     """One source while it is imaged. `wanted`: the blocks that are to be read, if they are in use.
 
@@ -81,8 +53,6 @@ class Lane(Struct):
     begin: Callable[[], Imaging] | None = None
     imaging: Imaging | None = None
     imaged: Imaged | None = None
-    error: BaseException | None = None
-    done: threading.Event = field(default_factory=threading.Event)
 
     @property
     def to_read(self) -> int:
@@ -281,31 +251,19 @@ def image_all(lanes: list[Lane], reporter: Reporter) -> None:
     if len(lanes) == 1:
         _image(lanes[0], reporter)
         return
-    begun: list[Lane] = []
+    begun: list[Background[None]] = []
     try:
         for lane in lanes:
-            thread = threading.Thread(
-                target=_image_caught, args=(lane, lanes, reporter), name=lane.source.disk
-            )
-            begun.append(lane)
-            try:
-                thread.start()
-            except RuntimeError:  # no thread to be had
-                begun.pop()
-                raise
-        for lane in lanes:
-            lane.done.wait()
+            work = partial(_image_caught, lane, lanes, reporter)
+            begun.append(Background(lane.source.disk, work))
+        for one in begun:
+            one.done.wait()
     except BaseException:
         _stop(lanes)
-        for lane in begun:
-            # Not by Thread.join: interrupted, that takes a running thread for ended (Python 3.11).
-            while not lane.done.is_set():
-                try:
-                    lane.done.wait()
-                except KeyboardInterrupt:
-                    continue  # It ends with the segment that is being read.
+        for one in begun:
+            one.close()  # It ends with the segment that is being read.
         raise
-    errors = [lane.error for lane in lanes if lane.error is not None]
+    errors = [one.error for one in begun if one.error is not None]
     if errors:
         # Others fail for its sake: they were stopped, or waited for a block that it did not store.
         raise next((error for error in errors if isinstance(error, ImagerError)), errors[0])
@@ -314,11 +272,9 @@ def image_all(lanes: list[Lane], reporter: Reporter) -> None:
 def _image_caught(lane: Lane, lanes: list[Lane], reporter: Reporter) -> None:
     try:
         _image(lane, reporter)
-    except BaseException as error:
-        lane.error = error
+    except BaseException:
         _stop(lanes)
-    finally:
-        lane.done.set()
+        raise
 
 
 def _stop(lanes: list[Lane]) -> None:

@@ -36,6 +36,7 @@ def command(shell: Shell, set_text: str, program: tuple[str, ...], path: str | N
     """
     opening = shell.open(cached=True)
     from imager.cli import listening
+    from imager.command import attached
     from imager.engine import export
 
     with shell.reporter() as reporter:
@@ -47,7 +48,7 @@ def command(shell: Shell, set_text: str, program: tuple[str, ...], path: str | N
         ):
             if program:
                 address = listening.address(planned.exports[0].name, place)
-                return listening.run([word.replace("{}", address) for word in program])
+                return attached([word.replace("{}", address) for word in program])
             _tell(shell, planned, place)
             return listening.wait(over)
 

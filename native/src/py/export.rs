@@ -77,17 +77,6 @@ impl ServedImage {
         let supply = Box::new(Asked { object: supply, vault });
         Ok(Self(Arc::new(Image::new(ids, supply, image_size, block_size, room, packs, based)?)))
     }
-
-    /// Read bytes; raises DamagedError where one of them cannot be had.
-    fn read<'py>(&self, py: Python<'py>, offset: u64, length: usize) -> PyResult<Bound<'py, PyBytes>> {
-        let left = self.0.size.saturating_sub(offset);
-        let mut out = vec![0; (length as u64).min(left) as usize];
-        let lost = py.detach(|| self.0.read(offset, &mut out));
-        match lost.first() {
-            None => Ok(PyBytes::new(py, &out)),
-            Some((_, _, why)) => Err(Error::Damaged(why.clone()).into()),
-        }
-    }
 }
 
 #[pyfunction]
