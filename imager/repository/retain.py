@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from imager.errors import IntegrityError, NoRepository, StorageError, UsageError
 from imager.events import Reporter
-from imager.repository import tombstones
+from imager.repository import partial, tombstones
 from imager.repository.format import (
     ABSENT,
     CONFIG,
@@ -36,7 +36,6 @@ from imager.repository.manifest import is_abort_mark
 from imager.repository.marking import Marker, look
 from imager.repository.prune_plan import describe_damage
 from imager.repository.repository import Repository
-from imager.storage import spool
 from imager.storage.base import Storage
 from imager.storage.object_versions import Lock, Mode, ObjectVersions, Version, versions_of
 from imager.units import format_size, format_time
@@ -47,7 +46,6 @@ _ONCE = (CONFIG, SLOTS, EPOCHS, SETS, PACKS, MAPS, REVOKED, FORGOTTEN)
 "Names that are never used again: of their versions the first is the true one."
 _WHOLE = (CONFIG, SLOTS, EPOCHS, SETS, REVOKED, FORGOTTEN, PINS, ABSENT, INDEX, DAMAGED)
 "What is needed as long as it is there. Announcements, condemnations and records of reads are not."
-_BATCH = 1024
 _SECOND = 1_000_000
 
 
@@ -155,7 +153,7 @@ def plan(
     needed, suspicions = _needed(storage, versions, found, reporter)
     chosen = [*_chosen(found, None if suspicions else needed)]
     reporter.phase("looking at locks", None)
-    locks = _locks(versions, chosen)
+    locks = list(partial.at_once(storage, versions.lock_of, chosen))
     reporter.end()
     fresh: Mode = mode or locking.mode or "GOVERNANCE"
     return RetainPlan(
@@ -179,9 +177,8 @@ def execute(storage: Storage, plan: RetainPlan, reporter: Reporter) -> RetainSum
     begun = time.monotonic()
     versions = versions_of(storage)
     reporter.phase("locking", None)
-    for at in range(0, len(plan.targets), _BATCH):
-        batch = plan.targets[at : at + _BATCH]
-        spool.run_all([lambda one=one: versions.lock(one.version, one.lock) for one in batch])  # type: ignore[misc]
+    for _ in partial.at_once(storage, lambda one: versions.lock(one.version, one.lock), plan.targets):
+        pass
     reporter.end()
     return RetainSummary(
         location=plan.location,
@@ -301,11 +298,3 @@ def _chosen(found: dict[str, _History], needed: frozenset[str] | None) -> Iterat
         yield history.data
         if history.overwritten and name.startswith(_ONCE):
             yield history.first
-
-
-def _locks(versions: ObjectVersions, chosen: list[Version]) -> list[Lock | None]:
-    locks: list[Lock | None] = []
-    for at in range(0, len(chosen), _BATCH):
-        batch = chosen[at : at + _BATCH]
-        locks += spool.run_all([lambda one=one: versions.lock_of(one) for one in batch])  # type: ignore[misc]
-    return locks

@@ -23,7 +23,7 @@ from imager.storage.base import Storage
 from imager.storage.errors import NotFound, StorageError, Unavailable
 
 if TYPE_CHECKING:
-    from imager.storage.object_store import ObjectStorage
+    pass
 
 T = TypeVar("T")
 
@@ -80,7 +80,7 @@ def versions_of(storage: Storage) -> ObjectVersions:
             f"{storage.url} keeps no locks",
             hint="object locks are for repositories in S3 and what speaks like it (s3://BUCKET/PREFIX)",
         )
-    return ObjectVersions.of(inner)
+    return ObjectVersions.connect(inner.url)
 
 
 class ObjectVersions:
@@ -92,11 +92,6 @@ class ObjectVersions:
         bucket, _, prefix = url.removeprefix("s3://").partition("/")
         self._bucket = bucket
         self._prefix = f"{prefix}/" if prefix else ""
-
-    @classmethod
-    def of(cls, storage: ObjectStorage) -> ObjectVersions:
-        """See `connect`."""
-        return cls.connect(storage.url)
 
     @classmethod
     def connect(cls, url: str) -> ObjectVersions:
@@ -185,7 +180,7 @@ class ObjectVersions:
             id=one.get("VersionId") or "null",
             size=one.get("Size", 0),
             etag=one.get("ETag", ""),
-            modified=_microseconds(one["LastModified"]),
+            modified=microseconds(one["LastModified"]),
             deleted=deleted,
             latest=bool(one.get("IsLatest")),
         )
@@ -197,7 +192,7 @@ class ObjectVersions:
             lambda: self._client.head_object(**self._named(version)),
         )
         mode, until = answer.get("ObjectLockMode"), answer.get("ObjectLockRetainUntilDate")
-        return Lock(mode, _microseconds(until)) if mode in MODES and until is not None else None
+        return Lock(mode, microseconds(until)) if mode in MODES and until is not None else None
 
     def read(self, version: Version, offset: int, length: int | None) -> bytes:
         """Bytes of a version, fewer where it ends before. Raises `NotFound`, `StorageError`."""
@@ -288,7 +283,8 @@ def _failure(error: Exception, doing: str, url: str) -> StorageError:
     return StorageError(f"{doing} failed: {error} ({url})")
 
 
-def _microseconds(moment: datetime) -> int:
+def microseconds(moment: datetime) -> int:
+    """Microseconds since 1970 UTC of a moment that has its offset."""
     return round(moment.timestamp() * 1_000_000)
 
 
@@ -298,6 +294,6 @@ def _clock(answer: dict[str, Any]) -> int:
 
     said = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date", "")
     try:
-        return _microseconds(parsedate_to_datetime(said))
+        return microseconds(parsedate_to_datetime(said))
     except ValueError as error:
         raise StorageError(f"the store tells no time: {said!r}") from error

@@ -16,7 +16,7 @@ from typing import NoReturn
 from imager.errors import UsageError
 from imager.storage.base import Entry, Staged
 from imager.storage.errors import NotFound, StorageError
-from imager.storage.object_versions import ObjectVersions, Version
+from imager.storage.object_versions import ObjectVersions, Version, microseconds
 from imager.storage.spool import Spool
 
 MARK = "?as-of="
@@ -32,7 +32,7 @@ class PastStorage:
         """`moment`: with its offset from UTC."""
         self.url = f"{versions.url}{MARK}{moment.isoformat(timespec='seconds')}"
         self._versions = versions
-        self._moment = round(moment.timestamp() * 1_000_000)
+        self._moment = microseconds(moment)
         self._found: dict[str, Version] | None = None
         self._lock = threading.Lock()
 
