@@ -229,22 +229,31 @@ impl Worker {
     }
 }
 
+/// Read a record and open it: the block of this id, into `out`. `room` is for the record, and may be kept.
+pub fn read_one(
+    ids: &Ids, fd: Fd, keys: &[Option<SessionKey>], id: &Id, place: Place, room: &mut Vec<u8>, out: &mut [u8],
+) -> Result<()> {
+    let length = place.length as usize;
+    if length > MAX_BLOCK + MAX_EXCESS + HEAD {
+        return crate::error::damaged("its place has an impossible length");
+    }
+    room.resize(room.len().max(length), 0);
+    let record = &mut room[..length];
+    fd.read_exact_at(record, u64::from(place.offset))?;
+    open_block(ids, keys, id, record, out)
+}
+
 /// The contents of a few records, in the order of the gather.
 pub fn read_blocks(job: &Job) -> Result<Vec<(u64, Vec<u8>)>> {
-    let mut out = Vec::new();
+    let (mut out, mut room) = (Vec::new(), Vec::new());
     for index in job.range.clone() {
         let wants = job.gather.wants(index);
         let Some(first) = wants.first() else { continue };
         let Some(pack) = job.packs.get(&first.place.pack) else {
             return crate::error::damaged("its pack is not there");
         };
-        if first.place.length as usize > MAX_BLOCK + MAX_EXCESS + HEAD {
-            return crate::error::damaged("its place has an impossible length");
-        }
-        let mut record = vec![0; first.place.length as usize];
-        pack.fd.read_exact_at(&mut record, u64::from(first.place.offset))?;
         let mut content = vec![0; block_length(first.block, job.image_size, job.block_size)?];
-        open_block(job.ids, &pack.keys, &first.id, &mut record, &mut content)?;
+        read_one(job.ids, pack.fd, &pack.keys, &first.id, first.place, &mut room, &mut content)?;
         out.extend(wants.iter().map(|want| (want.block, content.clone())));
     }
     Ok(out)

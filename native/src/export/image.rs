@@ -9,9 +9,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::crypto::SessionKey;
 use crate::error::{invalid, Error, Result};
-use crate::fetch::block_length;
+use crate::fetch::{block_length, read_one};
 use crate::io::Fd;
-use crate::record::{open_block, Ids, HEAD, MAX_BLOCK, MAX_EXCESS};
+use crate::record::{Ids, MAX_BLOCK};
 use crate::slots::{Slot, DATA, UNREADABLE};
 
 use super::cache::Cache;
@@ -162,19 +162,11 @@ impl Image {
     }
 
     fn content(&self, block: u64, slot: &Slot) -> Result<Vec<u8>> {
-        if slot.place.length as usize > MAX_BLOCK + MAX_EXCESS + HEAD {
-            return crate::error::damaged("its place has an impossible length");
-        }
         let pack = self.pack(slot.place.pack)?;
-        let length = slot.place.length as usize;
-        RECORD.with_borrow_mut(|record| {
-            record.resize(record.len().max(length), 0);
-            let record = &mut record[..length];
-            Fd::new(pack.fd.as_raw_fd())?.read_exact_at(record, u64::from(slot.place.offset))?;
-            let mut content = vec![0; block_length(block, self.size, self.block_size)?];
-            open_block(&self.ids, &pack.keys, &slot.id, record, &mut content)?;
-            Ok(content)
-        })
+        let fd = Fd::new(pack.fd.as_raw_fd())?;
+        let mut content = vec![0; block_length(block, self.size, self.block_size)?];
+        RECORD.with_borrow_mut(|room| read_one(&self.ids, fd, &pack.keys, &slot.id, slot.place, room, &mut content))?;
+        Ok(content)
     }
 
     /// Read `[offset, offset + out.len())`: the ranges `(start, end, why)` of `out` that cannot be had.
